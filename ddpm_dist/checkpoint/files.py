@@ -1,0 +1,65 @@
+"""Every file operation of a save, in one place, so that each of them can be made to fail (or to be the last) in a test."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+# A test may set this; it is called before each operation with its name and path.
+before_operation: Callable[[str, Path], None] | None = None
+
+
+def _announce(operation: str, path: Path) -> None:
+    if before_operation is not None:
+        before_operation(operation, path)
+
+
+def make_folder(path: Path) -> None:
+    _announce("make_folder", path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | str]:
+    """Write a new file and flush it to the disk; returns {"bytes", "sha256"} of what was handed in."""
+    _announce("open", path)
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb", buffering=0) as file:
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B")
+            digest.update(view)
+            size += len(view)
+            while view:
+                _announce("write", path)
+                view = view[file.write(view) :]
+        _announce("fsync", path)
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def flush_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    _announce("fsync_folder", path)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def rename(source: Path, target: Path) -> None:
+    _announce("rename", source)
+    os.rename(source, target)
+
+
+def remove_tree(path: Path) -> None:
+    _announce("remove_tree", path)
+    shutil.rmtree(path)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,253 @@
+"""Saving without stopping, publishing all or nothing, keeping what is needed, finding the newest intact one.
+
+A save: the step pays for a copy of this rank's pieces to host memory; a thread writes and flushes them into
+``step_N.incomplete/``; when every rank has said that its file is durable, rank 0 adds state and manifest and renames the folder to
+``step_N/``. A published folder is never written again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ddpm_dist.checkpoint import files
+from ddpm_dist.checkpoint.format import (
+    MANIFEST,
+    STATE,
+    Damaged,
+    Piece,
+    Reader,
+    check_files,
+    manifest_text,
+    read_manifest,
+    write_pieces,
+)
+from ddpm_dist.errors import UserError
+from ddpm_dist.runtime import Runtime
+
+_PUBLISHED = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"step_\d{8,}\.(incomplete|removed)")
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def published(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the published checkpoints, newest first: by number, never by clock."""
+    if not root.is_dir():
+        return []
+    found = [(int(m[1]), path) for path in root.iterdir() if (m := _PUBLISHED.fullmatch(path.name)) and path.is_dir()]
+    return sorted(found, reverse=True)
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Every public method except ``failure`` is collective."""
+
+    def __init__(self, root: Path, runtime: Runtime, keep_last: int, keep_every: int | None, global_batch: int) -> None:
+        self.root, self._runtime = root, runtime
+        self._keep_last, self._keep_every, self._global_batch = keep_last, keep_every, global_batch
+        # A group of its own: the saving threads talk while the training threads do.
+        self._group = dist.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self.failure: str | None = None  # why the last save came to nothing
+        self.saved_step = 0
+
+    def save(self, step: int, pieces: Iterable[Piece], state: dict[str, Any]) -> None:
+        """Start saving; returns when the pieces are copied to host memory. Waits for the save before, if it still runs."""
+        self.wait()
+        error = None
+        if self._runtime.is_main:
+            try:
+                self._prepare(step)
+            except OSError as reason:
+                error = f"{reason.strerror}: {reason.filename}"
+        error = self._runtime.broadcast(error)
+        if error is not None:
+            self._report(step, error)
+            return
+        copies = [piece.to_host() for piece in pieces]
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._thread = threading.Thread(target=self._run, args=(step, copies, state), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """Wait for the save that runs; returns why it (or the one before) failed, None when it is published."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self.failure
+
+    def _prepare(self, step: int) -> None:
+        target = self.root / f"{folder_name(step)}.incomplete"
+        if target.exists():  # from a save that did not finish
+            files.remove_tree(target)
+        files.make_folder(target)
+
+    def _run(self, step: int, pieces: list[Piece], state: dict[str, Any]) -> None:
+        folder = self.root / f"{folder_name(step)}.incomplete"
+        outcome: tuple[str, Any]
+        try:
+            name = f"rank_{self._runtime.rank:05d}.safetensors"
+            facts, table = write_pieces(folder / name, pieces)
+            outcome = ("written", (name, facts, table))
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            outcome = ("failed", f"rank {self._runtime.rank}: {_reason(error)}")
+        pieces.clear()
+        try:
+            error = self._commit(step, folder, state, self._exchange(outcome))
+        except Exception as reason:
+            error = f"rank {self._runtime.rank}: {_reason(reason)}"
+        if error is None:
+            self.failure, self.saved_step = None, step
+        else:
+            self._report(step, error)
+
+    def _exchange(self, outcome: tuple[str, Any]) -> list[tuple[str, Any]] | None:
+        runtime = self._runtime
+        gathered: list[Any] | None = [None] * runtime.world_size if runtime.is_main else None
+        dist.gather_object(outcome, gathered, dst=0, group=self._group)
+        return gathered
+
+    def _commit(self, step: int, folder: Path, state: dict[str, Any], outcomes: list | None) -> str | None:
+        """Rank 0 publishes when every rank has written; all ranks return the same error or None."""
+        box: list[str | None] = [None]
+        if outcomes is not None:
+            try:
+                errors = [text for kind, text in outcomes if kind == "failed"]
+                if errors:
+                    raise OSError(errors[0])
+                self._publish(step, folder, state, [content for _, content in outcomes])
+            except Exception as error:
+                box[0] = _reason(error)
+                self._discard(folder)
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        if box[0] is None and outcomes is not None:
+            self._prune()
+        return box[0]
+
+    def _publish(self, step: int, folder: Path, state: dict[str, Any], written: list[tuple]) -> None:
+        facts = {name: fact for name, fact, _ in written}
+        facts[STATE] = files.write(folder / STATE, [json.dumps(state, indent=1).encode()])
+        files.write(folder / MANIFEST, [manifest_text(step, facts, [table for _, _, table in written])])
+        files.flush_folder(folder)
+        target = self.root / folder_name(step)
+        if target.exists():
+            raise FileExistsError(f"{target} exists already; published checkpoints are never overwritten")
+        files.rename(folder, target)
+        files.flush_folder(self.root)
+
+    def _discard(self, folder: Path) -> None:
+        try:
+            files.remove_tree(folder)
+        except OSError:
+            pass  # it stays as .incomplete, which nobody reads; the next start removes it
+
+    def _report(self, step: int, error: str) -> None:
+        self.failure = error
+        if self._runtime.is_main:
+            newest = published(self.root)
+            print(
+                f"warning: the checkpoint of step {step} could not be written: {error}. "
+                f"{f'The newest one is {newest[0][1].name}' if newest else 'There is none yet'}; "
+                "training goes on and the next save tries again",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+    def _prune(self) -> None:
+        """Remove what retention does not keep: never the newest ``keep_last``, nor those that reach a multiple of keep_every."""
+        for position, (step, path) in enumerate(published(self.root)):
+            if position < self._keep_last or self._keep(step):
+                continue
+            try:
+                # Renamed first: a folder that is half removed must not look like a checkpoint.
+                files.rename(path, path.with_name(f"{path.name}.removed"))
+                files.remove_tree(path.with_name(f"{path.name}.removed"))
+            except OSError as error:
+                print(f"warning: could not remove {path}: {error.strerror}", file=sys.stderr, flush=True)
+
+    def _keep(self, step: int) -> bool:
+        return self._keep_every is not None and reaches(step, self._global_batch, self._keep_every)
+
+    def tidy(self) -> None:
+        """Remove what an interrupted save or removal left behind (call while owning the run directory)."""
+        if self._runtime.is_main and self.root.is_dir():
+            for path in self.root.iterdir():
+                if _LEFTOVER.fullmatch(path.name):
+                    files.remove_tree(path)
+        self._runtime.barrier()
+
+    def newest(self) -> Reader | None:
+        """The newest intact checkpoint, or None when the run has none.
+
+        One that is damaged is named, set aside as ``step_N.corrupt`` and the one before it is used. UserError when there were
+        checkpoints and none is intact: starting over silently would lose the run.
+        """
+        runtime, refused = self._runtime, []
+        while True:
+            candidates = runtime.broadcast([str(path) for _, path in published(self.root)] if runtime.is_main else None)
+            if not candidates:
+                break
+            folder = Path(candidates[0])
+            problem = self._problem(folder)
+            if problem is None:
+                return Reader(folder, read_manifest(folder))
+            refused.append(problem)
+            if runtime.is_main:
+                aside = folder.with_name(f"{folder.name}.corrupt")
+                number = 1
+                while aside.exists():
+                    number += 1
+                    aside = folder.with_name(f"{folder.name}.corrupt{number}")
+                files.rename(folder, aside)
+                print(
+                    f"warning: {problem}; set aside as {aside.name}, trying the one before", file=sys.stderr, flush=True
+                )
+            runtime.barrier()
+        if refused or any(runtime.broadcast(self._corrupt_folders() if runtime.is_main else None)):
+            details = "\n  ".join(refused) or ", ".join(runtime.broadcast(self._corrupt_folders()))
+            raise UserError(
+                f"no intact checkpoint in {self.root}:\n  {details}\nrestore one of them from a backup, or start a new "
+                "run under another run.name"
+            )
+        return None
+
+    def _corrupt_folders(self) -> list[str]:
+        return [path.name for path in self.root.glob("step_*.corrupt*")] if self.root.is_dir() else []
+
+    def _problem(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint, agreed by all ranks; each rank reads its share of the files."""
+        error: str | None = None
+        too_new: UserError | None = None
+        try:
+            check_files(folder, read_manifest(folder), self._runtime.rank, self._runtime.world_size)
+        except Damaged as reason:
+            error = str(reason)
+        except OSError as reason:
+            error = f"{reason.filename}: {reason.strerror}"
+        except UserError as reason:
+            too_new = reason
+        self._runtime.agree(too_new)
+        found: list[str | None] = [None] * self._runtime.world_size
+        dist.all_gather_object(found, error, group=self._runtime.control)
+        return next((text for text in found if text is not None), None)
+
+
+def reaches(step: int, global_batch: int, every: int | None) -> bool:
+    """True for the first step whose images reach a new multiple of ``every``."""
+    return every is not None and step * global_batch // every > (step - 1) * global_batch // every
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    return str(error) or type(error).__name__

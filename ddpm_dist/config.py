@@ -1,0 +1,435 @@
+"""Typed configuration: YAML files that name only what differs from the defaults, plus ``key=value`` overrides.
+
+Budgets and intervals are counted in images unless a comment says otherwise; they take effect at the first step that
+reaches the multiple.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ddpm_dist.errors import UserError
+
+MAX_BYTES = 1_000_000
+_FLOAT = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, numbers stay numbers; ``3e-4`` is a number although YAML 1.1 calls it a string."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_numbers(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for name, value in values.items():
+            if name in cls.model_fields:
+                values[name] = _to_number(value, _kinds(cls.model_fields[name].annotation))
+        return values
+
+
+def _kinds(annotation: Any) -> set[type]:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, list):
+        return set().union(*(_kinds(part) for part in typing.get_args(annotation)))
+    return {annotation} if isinstance(annotation, type) else set()
+
+
+def _to_number(value: Any, kinds: set[type]) -> Any:
+    if isinstance(value, list):
+        return [_to_number(item, kinds) for item in value]
+    if isinstance(value, str) and kinds & {int, float} and str not in kinds and _FLOAT.fullmatch(value):
+        value = float(value.replace("_", ""))
+    if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
+        return int(value)
+    return value
+
+
+class Run(Section):
+    name: str = Field("ddpm", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    dir: str | None = None  # default runs/<name>
+    seed: int = Field(0, ge=0, lt=2**63)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) if self.dir else Path("runs") / self.name
+
+
+class Data(Section):
+    source: Literal["shards", "synthetic"] = "shards"
+    shards: str | None = None  # the folder that holds index.json
+    image_size: int = Field(64, ge=1, le=8192)
+    channels: Literal[1, 3] = 3
+    num_classes: int | None = Field(None, ge=1)  # null: unlabelled
+    range: list[float] = Field([-1.0, 1.0], min_length=2, max_length=2)  # pixel values the network sees
+    flip: bool = False
+    crop: Literal["none", "center", "random_resized"] = "none"
+    crop_scale: list[float] = Field([0.8, 1.0], min_length=2, max_length=2)  # share of the area, random_resized
+    decoder: Literal["auto", "cpu", "mixed"] = "auto"
+    cache: Literal["none"] = "none"
+    cache_dir: str | None = None
+    on_bad: Literal["stop"] = "stop"
+
+    @field_validator("range")
+    @classmethod
+    def _range(cls, value: list[float]) -> list[float]:
+        if not value[0] < value[1]:
+            raise ValueError("the first number must be below the second")
+        return value
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _scale(cls, value: list[float]) -> list[float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("must be two numbers with 0 < first <= second <= 1")
+        return value
+
+
+class Model(BaseModel):
+    """``name`` and the network's own keywords; those that follow from ``data`` are filled in from there."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    name: str = "unet_conditional"
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Diffusion(Section):
+    timesteps: int = Field(1000, ge=1, le=1_000_000)
+    t_min: int = Field(0, ge=0)  # the smallest timestep that is drawn; 1 in the reference program
+    schedule: Literal["linear"] = "linear"
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
+    prediction: Literal["epsilon"] = "epsilon"
+    loss: Literal["mse"] = "mse"
+
+    @model_validator(mode="after")
+    def _t_min(self) -> Diffusion:
+        if self.t_min >= self.timesteps:
+            raise ValueError(f"t_min {self.t_min} must be below timesteps {self.timesteps}")
+        return self
+
+
+class Train(Section):
+    images: int = Field(1_000_000, ge=1)  # budget, rounded up to whole steps
+    global_batch: int = Field(64, ge=1)
+    micro_batch: int | None = Field(None, ge=1)  # per rank; default global_batch / ranks
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    grad_clip: float | None = Field(None, gt=0)  # largest gradient norm
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    log_every: int = Field(50, ge=1)  # in steps
+    max_skipped_steps: int = Field(50, ge=1)  # non-finite steps in a row that stop the run
+    audit: bool = False
+    audit_params_every: int = Field(0, ge=0)  # in steps; 0 = never
+    init_from: str | None = None  # weights to start a new run from
+
+
+class Optim(Section):
+    name: Literal["adamw", "adam"] = "adamw"
+    lr: float = Field(3e-4, gt=0)
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: int = Field(0, ge=0)  # images of linear warm-up
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    decay_images: int | None = Field(None, ge=1)  # default train.images, fixed at the first start
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: list[float]) -> list[float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("both must lie in [0, 1)")
+        return value
+
+
+class Ema(Section):
+    half_lives: list[float] = [500_000.0]  # in images
+    warmup: int = Field(0, ge=0)  # images during which the average is a copy of the weights
+
+    @field_validator("half_lives")
+    @classmethod
+    def _half_lives(cls, value: list[float]) -> list[float]:
+        if not value or any(half_life <= 0 for half_life in value):
+            raise ValueError("must name at least one positive number of images")
+        return value
+
+
+class Engine(Section):
+    name: Literal["ddp"] = "ddp"
+
+
+class Checkpoint(Section):
+    every: int = Field(100_000, ge=1)
+    keep_last: int = Field(3, ge=1)  # a count
+    keep_every: int | None = Field(None, ge=1)
+
+
+class Sampling(Section):
+    every: int | None = Field(None, ge=1)  # null: no previews
+    num: int = Field(64, ge=1)
+    sampler: Literal["ddpm"] = "ddpm"
+    steps: int | None = Field(None, ge=1)  # null: every timestep
+    guidance: float = Field(3.0, ge=0)
+    variance: Literal["beta", "posterior"] = "beta"
+
+
+class Tracking(Section):
+    mlflow: bool = True
+    uri: str | None = None  # null: sqlite file in the run directory's parent
+    experiment: str = "ddpm_dist"
+
+
+class Config(Section):
+    run: Run = Run()
+    data: Data = Data()
+    model: Model = Model()
+    diffusion: Diffusion = Diffusion()
+    train: Train = Train()
+    optim: Optim = Optim()
+    ema: Ema = Ema()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    sampling: Sampling = Sampling()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _across(self) -> Config:
+        if self.sampling.steps is not None and self.sampling.steps > self.diffusion.timesteps - self.diffusion.t_min:
+            raise ValueError(
+                f"sampling.steps {self.sampling.steps} is more than the {self.diffusion.timesteps - self.diffusion.t_min}"
+                " timesteps the run trains (diffusion.timesteps - diffusion.t_min); lower sampling.steps or leave it out"
+            )
+        if self.data.num_classes is None and self.sampling.guidance not in (0.0, 1.0, Sampling().guidance):
+            raise ValueError("sampling.guidance needs labels: set data.num_classes or leave sampling.guidance out")
+        return self
+
+    def network_keywords(self) -> dict[str, Any]:
+        """The network's keywords: those of ``model`` plus what follows from ``data``. UserError on a contradiction."""
+        derived = {
+            "in_channels": self.data.channels,
+            "image_size": self.data.image_size,
+            "num_classes": self.data.num_classes,
+        }
+        if self.model.name == "unet":
+            if self.data.num_classes is not None:
+                raise UserError(
+                    'model.name "unet" has no labels but data.num_classes is '
+                    f"{self.data.num_classes}: set data.num_classes=null or model.name=unet_conditional"
+                )
+        own = self.model.keywords
+        for name, value in derived.items():
+            if name in own and own[name] != value:
+                raise UserError(
+                    f"model.{name}={own[name]} contradicts the data section ({name} = {value} there): "
+                    f"leave model.{name} out, it follows from data"
+                )
+        return {**own, **derived}
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+
+
+def load_config(source: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read ``source`` (a path or the name of a packaged config such as ``digits``), apply ``section.key=value`` overrides.
+
+    A file may say ``extends: other.yaml`` (relative to itself). Raises UserError naming file, key path and remedy.
+    """
+    values = read_yaml(find_config(source)) if source is not None else {}
+    for override in overrides:
+        _apply_override(values, override)
+    return build_config(values, str(source) if source is not None else "the command line")
+
+
+def build_config(values: dict[str, Any], where: str) -> Config:
+    """Validate a plain mapping. Raises UserError that lists every wrong key."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise UserError(f"configuration ({where}):\n  " + "\n  ".join(lines)) from None
+
+
+def find_config(source: str | Path) -> Path:
+    """A path as given, or the name of a packaged config with or without ``.yaml``."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    names = available_configs()
+    if path.parent == Path(".") and path.stem in names and path.suffix in ("", ".yaml"):
+        return names[path.stem]
+    if path.parent.name == "configs" and path.stem in names:  # configs/x.yaml from a folder that is not the checkout
+        return names[path.stem]
+    raise UserError(f"config file {path} does not exist; packaged ones are: {', '.join(sorted(names))}")
+
+
+def available_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    here = Path(__file__).parent
+    for folder in (here / "configs", here.parent / "configs"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML mapping as plain data, with ``extends`` resolved. Aliases, duplicate keys and tags are refused."""
+    path = path.resolve()
+    if path in _seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(map(str, _seen))}")
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
+    if len(raw) > MAX_BYTES:
+        raise UserError(f"config file {path} is larger than {MAX_BYTES} bytes; this is not a configuration")
+    try:
+        values = parse_yaml(raw.decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"config file {path} is not valid YAML: {str(error) or type(error).__name__}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} must hold a mapping of sections, not a {type(values).__name__}")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends must be the path of one other config file")
+    parent_path = path.parent / parent
+    base = read_yaml(parent_path if parent_path.is_file() else find_config(parent), (*_seen, path))
+    return _merge(base, values)
+
+
+def parse_yaml(text: str) -> Any:
+    """``yaml.safe_load`` that refuses aliases (a few lines of them can stand for gigabytes) and duplicate keys."""
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(
+                f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not supported; use extends"
+            )
+    _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader))
+    return yaml.safe_load(text)
+
+
+def _refuse_duplicates(node: yaml.Node | None) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {key.start_mark.line + 1}: keys must be plain words")
+            if key.value in seen:
+                raise ValueError(f"line {key.start_mark.line + 1}: key {key.value!r} appears twice")
+            seen.add(key.value)
+            _refuse_duplicates(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(item)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise UserError(f"{override!r} is not an override: write section.key=value, for example optim.lr=2e-4")
+    try:
+        value = parse_yaml(text) if text.strip() else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"override {path}: the value is not valid YAML: {error}") from None
+    section = values
+    for part in parts[:-1]:
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict):
+            raise UserError(f"override {path}: {part} is not a section")
+    section[parts[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        valid = _valid_keys(error["loc"][:-1])
+        close = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.5)
+        if not close:  # the right word in the wrong section
+            everywhere = {f"{s}.{k}": k for s, f in Config.model_fields.items() for k in _valid_keys((s,))}
+            close = [full for full, key in everywhere.items() if key == error["loc"][-1]][:1]
+        hint = (
+            f"did you mean {'.'.join([*map(str, error['loc'][:-1]), close[0]]) if '.' not in close[0] else close[0]}?"
+            if close
+            else f"valid keys: {', '.join(valid)}"
+        )
+        return f"{path}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if path:
+        return f"{path}: {message[0].lower()}{message[1:]} (got {error['input']!r:.80})"
+    return message
+
+
+def _valid_keys(path: tuple) -> list[str]:
+    fields = Config.model_fields
+    for part in path:
+        section = fields[part].annotation if part in fields else None
+        fields = getattr(section, "model_fields", {})
+    return list(fields)
+
+
+# What a resumed run may change; everything else defines the run (design, "Configuration keys").
+CHANGEABLE = (
+    "run.name", "run.dir", "data.shards", "data.decoder", "data.cache", "data.cache_dir", "train.images", "train.micro_batch",
+    "train.log_every", "train.audit", "train.audit_params_every", "train.max_skipped_steps", "engine", "checkpoint", "sampling",
+    "tracking",
+)  # fmt: skip
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What stands between two resolved configs, ``path: old -> new``, leaving out what a resumed run may change.
+
+    data.shards may move because the data fingerprint is compared, data.decoder because the resolved one is.
+    """
+    flat_old, flat_new = flatten(old), flatten(new)
+    lines = []
+    for key in sorted(flat_old.keys() | flat_new.keys()):
+        if any(key == name or key.startswith(name + ".") for name in CHANGEABLE):
+            continue
+        before, after = flat_old.get(key, "(not set)"), flat_new.get(key, "(not set)")
+        if before != after:
+            lines.append(f"{key}: {before} in the checkpoint, {after} now")
+    return lines
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

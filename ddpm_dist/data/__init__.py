@@ -1,0 +1,1 @@
+"""Data: sources, shards, order and the DALI pipeline."""

@@ -1,0 +1,40 @@
+"""Errors that users can act on, and the exit codes of every entry point."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+OK = 0
+BAD_USAGE = 2
+REQUEUE = 75  # EX_TEMPFAIL: stopped on request, start me again
+
+
+class UserError(Exception):
+    """Bad input: the message says what was wrong, where, and what to do. Entry points turn it into exit code 2."""
+
+
+def exit_codes(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap an entry point: ``UserError`` is printed without a traceback and becomes exit code 2.
+
+    Under torchrun every rank meets the same bad input, so only rank 0 prints it; an error that only one rank can meet
+    sets ``error.one_rank = True`` and is printed by that rank, with its number.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or OK
+        except UserError as error:
+            rank = os.environ.get("RANK", "0")
+            if rank == "0" or getattr(error, "one_rank", False):
+                prefix = f"error (rank {rank}): " if rank != "0" else "error: "
+                print(f"{prefix}{error}", file=sys.stderr, flush=True)
+            return BAD_USAGE
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
+
+    return wrapped

@@ -1,0 +1,79 @@
+"""Pictures of what the run has learned so far, made by all ranks together."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ddpm_dist.config import Config
+from ddpm_dist.diffusion import Schedule, sample, to_uint8
+from ddpm_dist.runtime import Runtime
+from ddpm_dist.tracking.pictures import save_grid
+
+
+def preview(
+    config: Config,
+    runtime: Runtime,
+    network: nn.Module,
+    weights: dict[str, torch.Tensor],
+    schedule: Schedule,
+    path: Path,
+) -> None:
+    """Save a grid of ``sampling.num`` images made with ``weights``; collective, rank 0 writes the file.
+
+    One row for each class. The images depend on the run's seed only, so that successive previews show the same digits
+    getting better.
+    """
+    twin = copy.deepcopy(network).eval()
+    own = dict(twin.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+    num, classes = config.sampling.num, config.data.num_classes
+    mine = torch.arange(runtime.rank, num, runtime.world_size)
+    images = np.zeros((0, config.data.channels, config.data.image_size, config.data.image_size), dtype=np.uint8)
+    if len(mine):
+        generated = sample(
+            twin,
+            labels=mine % classes if classes else None,
+            indices=mine,
+            shape=images.shape[1:],
+            schedule=schedule,
+            sampler=config.sampling.sampler,
+            steps=config.sampling.steps,
+            guidance=config.sampling.guidance if classes else 0.0,
+            variance=config.sampling.variance,
+            seed=config.run.seed,
+            device=runtime.device,
+        )
+        images = to_uint8(generated, config.data.range).cpu().numpy()
+    gathered = runtime.gather((mine.numpy(), images))
+    if gathered is None:
+        return
+    whole = np.zeros((num, *images.shape[1:]), dtype=np.uint8)
+    for indices, part in gathered:
+        whole[indices] = part
+    grid, columns = class_rows(whole, np.arange(num) % classes if classes else np.full(num, -1))
+    save_grid(grid, path, columns)
+
+
+def class_rows(images: np.ndarray, labels: np.ndarray, longest: int = 20) -> tuple[np.ndarray, int]:
+    """Lay images out so that every row shows one class: (images in grid order with blanks filled in, columns).
+
+    images: (N, C, H, W) uint8; labels: (N,) integers. A class with more than ``longest`` images gets several rows. With a single
+    class, or as few as one image of each, the grid is a square.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2 or counts.max() < 2:
+        return images, max(1, round(len(labels) ** 0.5))
+    columns = min(int(counts.max()), longest)
+    rows = []
+    for label in classes:
+        own = images[labels == label]
+        blank = np.full((-len(own) % columns, *images.shape[1:]), 255, dtype=images.dtype)
+        rows += [own, blank]
+    return np.concatenate(rows), columns

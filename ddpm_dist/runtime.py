@@ -1,0 +1,140 @@
+"""Process group, rank, device and stop signals: everything a process has to know about the job it is part of."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import socket
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ddpm_dist.errors import UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass
+class Runtime:
+    """One process of a job. ``control`` is a gloo group for agreements between hosts; it never touches the device."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: Any = field(repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank (any picklable object, from our own processes only)."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value in rank order on rank 0, None elsewhere."""
+        boxes = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, boxes, dst=0, group=self.control)
+        return boxes
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def agree(self, error: BaseException | None) -> None:
+        """Raise on every rank when any rank brings an error, so that nobody waits for a rank that has left.
+
+        Collective. A ``UserError`` is raised as one everywhere, with the first failing rank's words.
+        """
+        said = [None] * self.world_size
+        mine = None if error is None else (isinstance(error, UserError), str(error), type(error).__name__)
+        dist.all_gather_object(said, mine, group=self.control)
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        for rank, other in enumerate(said):
+            if other is not None:
+                is_user_error, text, kind = other
+                if is_user_error:
+                    raise UserError(text)
+                raise RuntimeError(f"rank {rank} failed: {kind}: {text}")
+
+
+def start() -> Runtime:
+    """Join the process group that torchrun (or SLURM through torchrun) describes; without one, a world of one process.
+
+    Raises UserError when a CUDA machine has fewer GPUs than processes on this node.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{socket.gethostname()}: local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; "
+                "start torchrun with --nproc_per_node=gpu or fewer processes"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(minutes=float(os.environ.get("DDPM_DIST_TIMEOUT_MINUTES", 10)))
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    control = dist.new_group(backend="gloo")
+    return Runtime(rank, world_size, local_rank, device, control)
+
+
+def finish() -> None:
+    """Leave the process group. The barrier keeps gloo threads from being torn down while a peer still talks to them."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class StopRequest:
+    """Stop signals set a flag; the ranks agree on it at step boundaries without waiting for each other's device.
+
+    The agreement of step k is started with :meth:`begin` and read one step later, so that it costs no waiting.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._group = runtime.control
+        self._flag = torch.zeros(1, dtype=torch.int64)
+        self._pending: dist.Work | None = None
+        self._signal = 0
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Catch SIGTERM, SIGINT and SIGUSR1 from now on (main thread only)."""
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them before."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._signal = number
+
+    def poll(self) -> str | None:
+        """Call once per step on every rank: the name of the stop signal that some rank had received by the last call."""
+        agreed = 0
+        if self._pending is not None:
+            self._pending.wait()
+            agreed = int(self._flag)
+        self._flag.fill_(self._signal)
+        self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return signal.Signals(agreed).name if agreed else None

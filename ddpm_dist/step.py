@@ -1,0 +1,104 @@
+"""One training step: micro-batches in, loss and updated weights out, nothing leaves the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddpm_dist import philox
+from ddpm_dist.audit import Audit
+from ddpm_dist.config import Config, Optim
+from ddpm_dist.data.order import BatchPlan
+from ddpm_dist.data.pipeline import Loader, normalise
+from ddpm_dist.diffusion import objective
+from ddpm_dist.diffusion.schedule import Schedule
+from ddpm_dist.engines import DDPEngine, ShardedEMA
+from ddpm_dist.runtime import Runtime
+
+
+@dataclass
+class StepResult:
+    """0-dim device tensors: mean loss over the global batch, gradient norm before clipping, 1.0 if the step was skipped."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+def learning_rate(optim: Optim, images_seen: int, budget: int) -> float:
+    """The rate of the step that starts at ``images_seen`` images: linear warm-up, then constant, linear or cosine decay to 0.
+
+    ``budget``: images at which a decay ends (optim.decay_images or train.images).
+    """
+    warm = min(1.0, (images_seen + 1) / optim.warmup) if optim.warmup else 1.0
+    done = min(1.0, max(0, images_seen - optim.warmup) / max(1, (optim.decay_images or budget) - optim.warmup))
+    decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optim.schedule]
+    return optim.lr * warm * decay
+
+
+class TrainStep:
+    """The compute of training: network, engine, averages and the draws of every step."""
+
+    def __init__(self, config: Config, runtime: Runtime, plan: BatchPlan, network: nn.Module) -> None:
+        self.config, self.runtime, self.plan = config, runtime, plan
+        d = config.diffusion
+        self.schedule = Schedule(d.timesteps, d.t_min, d.schedule, d.beta_start, d.beta_end)
+        self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self.network = network.to(device=runtime.device, memory_format=self.memory_format)
+        self.engine = DDPEngine(self.network, runtime, config.train, config.optim, plan.accumulation)
+        self.ema = ShardedEMA(
+            self.engine.parameters, config.ema.half_lives, config.ema.warmup, runtime.rank, runtime.world_size
+        )
+        self._prepare = self._noisy
+        if config.train.compile and runtime.device.type == "cuda":
+            # On the CPU the eager operations stay: there a compiled loop may round its tail differently.
+            self._prepare = torch.compile(self._noisy)
+
+    def __call__(self, step: int, loader: Loader, audit: Audit | None = None) -> StepResult:
+        """Run step ``step`` (counted from 0) on the next micro-batches of ``loader``."""
+        plan, seed = self.plan, self.config.run.seed
+        draws = self._draws(step)
+        total = torch.zeros((), device=self.runtime.device)
+        for micro in range(plan.accumulation):
+            batch = loader.next()
+            last = micro == plan.accumulation - 1
+            slots, t, dropped = self._to_device(draws[:, batch.slots])
+            x0, noise, x_t = self._prepare(batch.pixels, slots, t, step, seed)
+            labels = objective.drop_labels(batch.labels, dropped.bool()) if self.config.data.num_classes else None
+            with self.engine.micro_step(last):
+                prediction = self.engine(x_t, t, labels)
+                losses = objective.mse_per_image(prediction, noise)
+                loss = losses.sum() / plan.global_batch
+                self.engine.backward(loss)
+            total += loss.detach()
+            if audit is not None:
+                audit.add(batch, x0, noise, t, labels, losses)
+        total = self.engine.all_reduce(total)
+        seen = step * plan.global_batch
+        norm, skipped = self.engine.step(learning_rate(self.config.optim, seen, self.config.train.images), total)
+        self.ema.update(seen + plan.global_batch, plan.global_batch, skipped)
+        return StepResult(total, norm, skipped)
+
+    def _draws(self, step: int) -> np.ndarray:
+        """int64 (3, G): slot numbers, timesteps in t_min..T-1 and label drops of every slot of the step."""
+        config, count = self.config, self.plan.global_batch
+        d = config.diffusion
+        t = philox.host_integers(config.run.seed, philox.TIMESTEPS, step, count, d.t_min, d.timesteps)
+        dropped = philox.host_uniform(config.run.seed, philox.LABEL_DROP, step, count) < config.train.label_dropout
+        return np.stack([np.arange(count), t, dropped])
+
+    def _to_device(self, draws: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(draws))
+        if self.runtime.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.runtime.device, non_blocking=True)
+        return tensor
+
+    def _noisy(self, pixels: Tensor, slots: Tensor, t: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        x0 = normalise(pixels, self.config.data.range, self.memory_format)
+        noise = philox.normal(seed, philox.TRAIN_NOISE, step, slots, tuple(x0.shape[1:]))
+        noise = noise.contiguous(memory_format=self.memory_format)
+        return x0, noise, self.schedule.add_noise(x0, noise, t)

@@ -1,0 +1,346 @@
+"""The training run: set up, loop over steps, leave behind what a resume needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_dist import config as configuration
+from ddpm_dist.audit import Audit
+from ddpm_dist.checkpoint import CheckpointStore, Reader, RunLock, reaches
+from ddpm_dist.config import Config
+from ddpm_dist.data.order import plan_batches
+from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches, synthetic_batches
+from ddpm_dist.errors import OK, REQUEUE, UserError
+from ddpm_dist.flops import peak_flops, training_flops
+from ddpm_dist.models import build_model
+from ddpm_dist.models.weights import initialise_from
+from ddpm_dist.previews import preview
+from ddpm_dist.runtime import Runtime, StopRequest
+from ddpm_dist.step import TrainStep, learning_rate
+from ddpm_dist.tracking import Tracker, cut_back
+from ddpm_dist.tracking.progress import Progress
+
+PACK_HINT = (
+    "Pack one first, for example:\n"
+    "  python -m ddpm_dist.pack {source} --out {shards} --size {size}{extra}\n"
+    "and start training with data.shards={shards}"
+)
+
+
+class Trainer:
+    """A run in a run directory. Construct it, call :meth:`run`; the exit code says whether to start it again."""
+
+    def __init__(self, config: Config, runtime: Runtime, fresh: bool = False) -> None:
+        """Everything that can be wrong is found here, before anything is written. Raises UserError."""
+        self.config, self.runtime = config, runtime
+        self.plan = plan_batches(config.train.global_batch, config.train.micro_batch, runtime.world_size)
+        self.index = None
+        if config.data.source == "shards":
+            self.index = open_index(config.data, pack_hint(config))
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = not config.train.audit
+        torch.manual_seed(config.run.seed)
+        network = build_model(config.model.name, **config.network_keywords())
+
+        self.folder = config.run.folder
+        self.lock = None
+        error = None
+        if runtime.is_main:
+            try:
+                self.lock = RunLock(self.folder)
+                if fresh and (found := [p.name for p in self.folder.iterdir() if p.name != "lock"]):
+                    raise UserError(
+                        f"--fresh: run directory {self.folder} is not empty ({', '.join(sorted(found)[:5])}): choose "
+                        "another run.name, or leave --fresh out to continue that run"
+                    )
+            except UserError as reason:
+                error = reason
+        runtime.agree(error)
+
+        self.store = CheckpointStore(
+            self.folder / "checkpoints", runtime, config.checkpoint.keep_last, config.checkpoint.keep_every,
+            config.train.global_batch,
+        )  # fmt: skip
+        self.store.tidy()
+        reader = self.store.newest()
+        state = reader.state if reader is not None else {}
+        if reader is None:
+            self._check_untouched()
+        self._fix_what_the_start_decides(state)
+        self.decoder = None
+        if self.index is not None:
+            self.decoder = resolve_decoder(state.get("decoder") or config.data.decoder, runtime.device)
+        if reader is not None:
+            self._check_same_run(reader, state)
+
+        self.step_fn = TrainStep(config, runtime, self.plan, network)
+        self.completed = 0
+        # On the device: sum of finite losses and steps since the last log line, skipped steps in all and in a row.
+        self.sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
+        if reader is not None:
+            self._load(reader, state)
+        elif config.train.init_from:
+            initialise_from(config.train.init_from, self.step_fn.network)
+            self.step_fn.ema.reset()
+        self.mlflow_run_id = state.get("mlflow_run_id")
+        self.total_steps = -(-config.train.images // config.train.global_batch)
+
+    def _check_untouched(self) -> None:
+        """Without a checkpoint the run starts at 0, whatever an attempt before the first save left."""
+        if self.runtime.is_main:
+            (self.folder / "exit.json").unlink(missing_ok=True)
+
+    def _fix_what_the_start_decides(self, state: dict[str, Any]) -> None:
+        optim = self.config.optim
+        if optim.decay_images is None:
+            optim.decay_images = state["config"]["optim"]["decay_images"] if state else self.config.train.images
+
+    def _check_same_run(self, reader: Reader, state: dict[str, Any]) -> None:
+        lines = configuration.differences(state["config"], self.config.to_dict())
+        if lines:
+            raise UserError(
+                f"{self.folder} holds a run with another configuration (checkpoint {reader.folder.name}):\n  "
+                + "\n  ".join(lines)
+                + "\nset these back to continue it, or choose another run.name to start a new run"
+            )
+        now = self.index.fingerprint if self.index is not None else None
+        if state["data_fingerprint"] != now:
+            raise UserError(
+                f"the data under {self.config.data.shards} is not what {self.folder} was trained on (fingerprint "
+                f"{str(now)[:12]}, was {str(state['data_fingerprint'])[:12]}): samples were added, removed, changed or "
+                "reordered; give the original shards, or choose another run.name to start a new run"
+            )
+
+    def _load(self, reader: Reader, state: dict[str, Any]) -> None:
+        self.step_fn.engine.load(reader, state["scaler"])
+        self.step_fn.ema.load(reader)
+        self.completed = reader.step
+        if self.runtime.is_main:  # sums over all ranks are kept by rank 0
+            self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.store.saved_step = reader.step
+
+    def run(self) -> int:
+        """Train to the budget or until asked to stop. Returns 0 (done) or 75 (stopped, start me again)."""
+        config, runtime = self.config, self.runtime
+        if self.completed >= self.total_steps:
+            self._say(
+                f"{self.folder}: done, {self.completed * self.plan.global_batch:,} images trained of "
+                f"{config.train.images:,}; a larger train.images continues it"
+            )
+            return self._leave(OK, "done")
+        self._open_records()
+        loader = self._loader()
+        stop = StopRequest(runtime)
+        stop.install()
+        reason, failure = None, None
+        try:
+            while self.completed < self.total_steps and reason is None:
+                result = self.step_fn(self.completed, loader, self.audit)
+                self.completed += 1
+                self._account(result)
+                self._audit()
+                self._log(result, loader)
+                self._preview()
+                if reaches(self.completed, self.plan.global_batch, config.checkpoint.every):
+                    self._save()
+                reason = stop.poll()
+            if self.store.saved_step != self.completed or self.store.failure:
+                self.store.wait()
+                if self.store.saved_step != self.completed:
+                    self._save()
+            failure = self.store.wait()
+        except BaseException:
+            self._close("FAILED")
+            raise
+        finally:
+            loader.close()
+            stop.restore()
+        if failure is not None:
+            self._close("FAILED")
+            raise UserError(
+                f"the last checkpoint (step {self.completed}) could not be written to {self.store.root}: {failure}. Older "
+                "checkpoints are whole; make room (or lower checkpoint.keep_last) and run the same command again"
+            )
+        if reason is not None:
+            self._close("KILLED")
+            self._say(f"stopped by {reason} after step {self.completed}; the same command continues the run")
+            return self._leave(REQUEUE, reason)
+        self._close("FINISHED")
+        return self._leave(OK, "done")
+
+    # -- what a step leaves behind -------------------------------------------------------------------------------------
+
+    def _account(self, result: Any) -> None:
+        done = 1.0 - result.skipped
+        loss = torch.where(result.skipped > 0, 0.0, result.loss)
+        self.sums[0] += loss
+        self.sums[1] += done
+        self.sums[2] += result.skipped
+        self.sums[3] = (self.sums[3] + 1) * result.skipped
+
+    def _audit(self) -> None:
+        if self.audit is not None:
+            every = self.config.train.audit_params_every
+            self.audit.write(self.completed, self._pieces() if every and self.completed % every == 0 else None)
+
+    def _log(self, result: Any, loader: Loader) -> None:
+        train = self.config.train
+        last = self.completed == self.total_steps
+        if self.completed % min(train.log_every, train.max_skipped_steps) and not last:
+            return
+        loss_sum, steps, skipped, in_a_row, grad_norm = [*self.sums.tolist(), float(result.grad_norm)]
+        if in_a_row >= train.max_skipped_steps:
+            raise RuntimeError(
+                f"the loss or its gradient was not finite for {int(in_a_row)} steps in a row, last at step {self.completed}: "
+                "lower optim.lr, set train.grad_clip, or use train.precision=bf16 or fp32; the newest checkpoint is intact"
+            )
+        if self.completed % train.log_every and not last:
+            return
+        now = time.monotonic()
+        seconds = max(now - self._interval_start - self._paused, 1e-9)
+        images = (self.completed - self._interval_step) * self.plan.global_batch
+        seen = self.completed * self.plan.global_batch
+        rate = images / seconds
+        epoch_size = len(self.index.samples) if self.index is not None else None
+        record = {
+            "step": self.completed,
+            "images_seen": seen,
+            "epoch": seen / epoch_size if epoch_size else None,
+            "loss": loss_sum / steps if steps else None,
+            "lr": learning_rate(self.config.optim, seen - self.plan.global_batch, train.images),
+            "grad_norm": grad_norm,
+            "skipped_steps": int(skipped),
+            "images_per_sec": rate,
+            "data_wait_frac": min(1.0, (loader.seconds_waited - self._interval_wait) / seconds),
+            "mfu": rate * self._flops / self._peak if self._peak else None,
+            "gpu_mem_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
+            "time": time.time(),
+        }
+        self.last_record = record
+        if self.tracker is not None:
+            self.tracker.log(record)
+            self.progress.update(record)
+        self.sums[:2] = 0
+        self._begin_interval(loader)
+
+    def _begin_interval(self, loader: Loader) -> None:
+        self._interval_start, self._interval_step = time.monotonic(), self.completed
+        self._interval_wait, self._paused = loader.seconds_waited, 0.0
+
+    def _preview(self) -> None:
+        sampling = self.config.sampling
+        if not reaches(self.completed, self.plan.global_batch, sampling.every):
+            return
+        start = time.monotonic()
+        path = self.folder / "samples" / f"step_{self.completed:08d}.png"
+        step = self.step_fn
+        preview(self.config, self.runtime, step.network, step.ema.gather(0), step.schedule, path)
+        if self.tracker is not None:
+            self.tracker.picture(path, self.completed)
+        self._paused += time.monotonic() - start
+
+    def _pieces(self) -> list:
+        return [*self.step_fn.engine.pieces(), *self.step_fn.ema.pieces()]
+
+    def _save(self) -> None:
+        sums = self.sums.tolist()
+        state = {
+            "step": self.completed,
+            "images_seen": self.completed * self.plan.global_batch,
+            "config": self.config.to_dict(),
+            "model": {"name": self.config.model.name, "keywords": self.config.network_keywords()},
+            "data_fingerprint": self.index.fingerprint if self.index is not None else None,
+            "classes": self.index.classes if self.index is not None else None,
+            "decoder": self.decoder,
+            "scaler": self.step_fn.engine.scaler_state(),
+            "sums": sums,
+            "mlflow_run_id": self.tracker.run_id if self.tracker is not None else None,
+            "world_size": self.runtime.world_size,
+        }
+        self.store.save(self.completed, self._pieces(), state)
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def _open_records(self) -> None:
+        """Cut the records back to the checkpoint and open them; rank 0 writes, the others have none."""
+        config, runtime = self.config, self.runtime
+        self.tracker = self.progress = self.last_record = None
+        if runtime.is_main:
+            (self.folder / "exit.json").unlink(missing_ok=True)
+            (self.folder / "config.yaml").write_text(config.to_yaml())
+            cut_back(self.folder / "audit.jsonl", self.completed)
+            self.tracker = Tracker(
+                self.folder, config.tracking, config.run.name, configuration.flatten(config.to_dict()), self.completed,
+                run_id=self.mlflow_run_id,
+            )  # fmt: skip
+            budget = self.total_steps * self.plan.global_batch
+            self.progress = Progress(budget, self.completed * self.plan.global_batch, enabled=True)
+            start = f"continuing at step {self.completed:,}" if self.completed else "starting"
+            self._say(
+                f"{config.run.name}: {start} with {sum(p.numel() for p in self.step_fn.network.parameters()):,} parameters on "
+                f"{runtime.world_size} {runtime.device.type} rank(s); global batch {self.plan.global_batch} = "
+                f"{self.plan.micro_batch} per rank x {runtime.world_size} ranks x {self.plan.accumulation} accumulation"
+            )
+        self.audit = None
+        if config.train.audit:
+            self.audit = Audit(self.folder / "audit.jsonl", runtime, self.plan.global_batch)
+
+    def _loader(self) -> Loader:
+        config, steps = self.config, range(self.completed, self.total_steps)
+        if self.index is not None:
+            batches = shard_batches(
+                self.index, config.data, self.plan, self.runtime, config.run.seed, steps, self.decoder
+            )
+        else:
+            batches = synthetic_batches(config.data, self.plan, self.runtime, config.run.seed, steps)
+        loader = Loader(batches, self.runtime.device)
+        self._peak = peak_flops(self.runtime.device) * self.runtime.world_size
+        self._flops = training_flops(config.model.name, config.network_keywords()) if self._peak else 0
+        self._begin_interval(loader)
+        return loader
+
+    def _close(self, status: str) -> None:
+        if self.progress is not None:
+            self.progress.close()
+        if self.tracker is not None:
+            self.tracker.close(status)
+        if self.audit is not None:
+            self.audit.close()
+
+    def _leave(self, code: int, reason: str) -> int:
+        if self.runtime.is_main:
+            write_exit(self.folder, code, reason, self.completed)
+            self.lock.release()
+        return code
+
+    def _say(self, text: str) -> None:
+        if self.runtime.is_main:
+            print(text, flush=True)
+
+
+def write_exit(folder: Path, code: int, reason: str, step: int) -> None:
+    """exit.json: what torchrun does not pass on."""
+    path = folder / "exit.json"
+    aside = path.with_name("exit.json.incomplete")
+    aside.write_text(json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
+    os.replace(aside, path)
+
+
+def pack_hint(config: Config) -> str:
+    """The pack command that makes the shards this configuration asks for."""
+    shards = config.data.shards or f"shards/{config.run.name}"
+    name = Path(shards).name
+    known = {"digits": "digits", "shapes": "shapes", "cifar": "cifar10", "fashion": "fashion-mnist", "mnist": "mnist",
+             "celeba": "celeba"}  # fmt: skip
+    source = next((value for key, value in known.items() if name.startswith(key)), "folder")
+    extra = {"digits": "", "shapes": " --num 50000", "folder": " --root PATH_TO_IMAGES"}.get(
+        source, " --root data --download"
+    )
+    return PACK_HINT.format(source=source, shards=shards, size=config.data.image_size, extra=extra)

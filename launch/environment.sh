@@ -1,0 +1,69 @@
+# Sourced by the scripts of this folder: finds or makes a Python environment and installs the package into it.
+#   prepare_environment [EXTRA]   sets PYTHON and TORCHRUN
+# An active virtual or conda environment is used as it is; otherwise .venv is made in the checkout.
+
+prepare_environment() {
+    local extra="${1:-}" root dali stamp wanted
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+    if [[ -n "${VIRTUAL_ENV:-}" ]]; then
+        PYTHON="$VIRTUAL_ENV/bin/python"
+    elif [[ -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-base}" != base ]]; then
+        PYTHON="$CONDA_PREFIX/bin/python"
+    else
+        if [[ ! -x "$root/.venv/bin/python" ]]; then
+            local base
+            base="$(find_python)" || return 2
+            echo "making a virtual environment in .venv with $("$base" --version)"
+            "$base" -m venv "$root/.venv"
+        fi
+        PYTHON="$root/.venv/bin/python"
+    fi
+    if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "error: $PYTHON is older than Python 3.11: activate a newer environment or none" >&2
+        return 2
+    fi
+    dali="$(dali_extra)"
+    stamp="$(dirname "$("$PYTHON" -c 'import sys; print(sys.executable)')")/../.ddpm_dist_installed"
+    # Installed again only when something that decides about the packages has changed.
+    wanted="$dali $extra $(cat "$root/pyproject.toml" "$root/constraints.txt" 2>/dev/null | cksum)"
+    if [[ ! -f "$stamp" ]] || ! grep -qxF "$wanted" "$stamp"; then
+        echo "installing ddpm_dist and what it needs (several GB at the first time) ..."
+        # DeepSpeed compiles its operators when they are first used, and reads this when it is installed.
+        local -a constraints=()
+        if [[ "$dali" == cuda13 && -f "$root/constraints.txt" ]]; then
+            constraints=(-c "$root/constraints.txt")  # the exact versions the tests passed with
+        fi
+        DS_BUILD_OPS=0 "$PYTHON" -m pip install --quiet "${constraints[@]}" -e "$root[$dali${extra:+,$extra}]" || return 1
+        echo "$wanted" >>"$stamp"
+    fi
+    export PYTHON
+    # Without a GPU DeepSpeed has to be told.
+    if ! command -v nvidia-smi >/dev/null 2>&1; then
+        export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+    fi
+}
+
+find_python() {
+    local name
+    for name in python3.13 python3.12 python3.11 python3 python; do
+        if command -v "$name" >/dev/null 2>&1 && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$name"
+            return 0
+        fi
+    done
+    echo "error: Python 3.11 or newer is needed and none was found on the PATH" >&2
+    return 1
+}
+
+# cuda13, or cuda12 where the driver is too old for it (before 580). Without a GPU: cuda13, which decodes on the CPU as well.
+dali_extra() {
+    local driver
+    if command -v nvidia-smi >/dev/null 2>&1; then
+        driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)"
+        if [[ "$driver" =~ ^[0-9]+$ ]] && ((driver < 580)); then
+            echo cuda12
+            return
+        fi
+    fi
+    echo cuda13
+}
