@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 OK = 0
+FAILED = 1
 BAD_USAGE = 2
 REQUEUE = 75  # EX_TEMPFAIL: stopped on request, start me again
 

@@ -39,7 +39,7 @@ class Report:
     frechet_real: float  # real half B against real half A, with as many images: the floor
     frechet_images: int  # images on either side of both distances
     diversity: float  # mean feature distance within a class, relative to the real images': 1 as varied, 0 identical
-    distinct: float  # share of the generated images that differ from all the others in at least one pixel
+    distinct: float  # number of different generated images, as a share of all of them
 
 
 def evaluate(
@@ -168,8 +168,8 @@ def load_generated(path: Path, number: int | None = None) -> tuple[np.ndarray, n
         raise UserError(f"{path}: images must be uint8 (N, 1 or 3, H, W), not {images.dtype} {images.shape}")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise UserError(f"{path}: {len(images)} images need as many integer labels, not {labels.dtype} {labels.shape}")
-    if number is not None and number > len(images):
-        raise UserError(f"{path}: --num {number}, but it holds only {len(images)} images")
+    if number is not None and not 0 < number <= len(images):
+        raise UserError(f"{path}: {number} images asked for (--num), but it holds {len(images)}")
     return images[:number], labels[:number].astype(np.int64)
 
 
@@ -271,7 +271,9 @@ def main(argv: list[str] | None = None) -> int:
     print(table(report))
     if options.json is not None:
         aside = options.json.with_name(options.json.name + ".incomplete")
-        aside.write_text(json.dumps(asdict(report), indent=2) + "\n")
+        numbers = {key: None if value != value else value for key, value in asdict(report).items()}  # JSON has no NaN
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
         os.replace(aside, options.json)
     return 0
 

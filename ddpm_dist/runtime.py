@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,22 +48,28 @@ class Runtime:
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 
-    def agree(self, error: BaseException | None) -> None:
-        """Raise on every rank when any rank brings an error, so that nobody waits for a rank that has left.
+    def together(self, function: Callable[[], Any]) -> Any:
+        """Call ``function`` on every rank; if it fails on any, every rank raises, so that nobody waits for one that has left.
 
-        Collective. A ``UserError`` is raised as one everywhere, with the first failing rank's words.
+        Collective. A ``UserError`` is raised as one everywhere, with the first failing rank's words and, where only some
+        ranks fail, that rank's number and host.
         """
-        said = [None] * self.world_size
+        result, error = None, None
+        try:
+            result = function()
+        except Exception as reason:
+            error = reason
         mine = None if error is None else (isinstance(error, UserError), str(error), type(error).__name__)
-        dist.all_gather_object(said, mine, group=self.control)
+        said: list[Any] = [None] * self.world_size
+        dist.all_gather_object(said, (mine, socket.gethostname()), group=self.control)
+        failed = [rank for rank, (what, _) in enumerate(said) if what is not None]
+        if not failed:
+            return result
         if error is not None and not isinstance(error, UserError):
             raise error
-        for rank, other in enumerate(said):
-            if other is not None:
-                is_user_error, text, kind = other
-                if is_user_error:
-                    raise UserError(text)
-                raise RuntimeError(f"rank {rank} failed: {kind}: {text}")
+        (is_user_error, text, kind), host = said[failed[0]]
+        who = "" if len(failed) == self.world_size or failed == [0] else f"rank {failed[0]} on {host}: "
+        raise UserError(who + text) if is_user_error else RuntimeError(f"{who}{kind}: {text}")
 
 
 def start() -> Runtime:
@@ -69,6 +77,8 @@ def start() -> Runtime:
 
     Raises UserError when a CUDA machine has fewer GPUs than processes on this node.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _die_with_parent()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
@@ -90,6 +100,14 @@ def start() -> Runtime:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     control = dist.new_group(backend="gloo")
     return Runtime(rank, world_size, local_rank, device, control)
+
+
+def _die_with_parent() -> None:
+    """Linux: let the kernel end this worker when its torchrun dies, so that a killed launcher leaves no orphans."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        pass  # not Linux: torchrun's own clean-up has to do
 
 
 def finish() -> None:

@@ -156,16 +156,7 @@ def main(argv: list[str] | None = None) -> int:
 
     runtime = runtimes.start()
     torch.set_float32_matmul_precision("high")
-    error, source = None, None
-    try:
-        source = open_source(a.source, None if a.ema == "none" else int(a.ema))
-        labels = choose_labels(a.classes, a.num, source)
-        count = source.schedule.timesteps - source.schedule.t_min
-        if a.steps is not None and not 1 <= a.steps <= count:
-            raise UserError(f"--steps {a.steps}: {source.title} was trained on {count} timesteps, choose 1..{count}")
-    except UserError as reason:
-        error = reason
-    runtime.agree(error)
+    source, labels = runtime.together(lambda: _open(a))
     network = source.network.to(runtime.device).eval()
     batch = a.batch or (64 if runtime.device.type == "cpu" else 256)
 
@@ -212,6 +203,14 @@ def main(argv: list[str] | None = None) -> int:
         )
     runtimes.finish()
     return 0
+
+
+def _open(a: argparse.Namespace) -> tuple[Source, Tensor | None]:
+    source = open_source(a.source, None if a.ema == "none" else int(a.ema))
+    count = source.schedule.timesteps - source.schedule.t_min
+    if a.steps is not None and not 1 <= a.steps <= count:
+        raise UserError(f"--steps {a.steps}: {source.title} was trained on {count} timesteps, choose 1..{count}")
+    return source, choose_labels(a.classes, a.num, source)
 
 
 def _check_arguments(a: argparse.Namespace) -> None:

@@ -10,11 +10,17 @@ The same command continues a run that was interrupted.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ddpm_dist.config import load_config
-from ddpm_dist.errors import BAD_USAGE, UserError, exit_codes
+from ddpm_dist.config import Config, load_config
+from ddpm_dist.errors import BAD_USAGE, FAILED, OK, REQUEUE, UserError, exit_codes
+
+if TYPE_CHECKING:
+    from ddpm_dist.trainer import Trainer
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,28 +39,76 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.print_config:
-        config.network_keywords()
-        if os.environ.get("RANK", "0") == "0":
-            print(config.to_yaml(), end="")
-        return 0
-
-    from ddpm_dist import runtime as runtimes
-    from ddpm_dist.trainer import Trainer, write_exit
-
-    runtime = runtimes.start()
-    trainer = None
+    code, reason, trainer = FAILED, "failed", None
     try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            build_model_keywords(config)
+            if is_rank_0():
+                print(config.to_yaml(), end="")
+            return OK
+        from ddpm_dist import runtime as runtimes
+        from ddpm_dist.trainer import Trainer
+
+        runtime = runtimes.start()
         trainer = Trainer(config, runtime, fresh=arguments.fresh)
         code = trainer.run()
+        reason = trainer.reason
+        runtimes.finish()
+        return code
     except UserError as error:
-        if trainer is not None and runtime.is_main:
-            write_exit(trainer.folder, BAD_USAGE, str(error), trainer.completed)
+        code, reason = BAD_USAGE, str(error)
         raise
-    runtimes.finish()
-    return code
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if is_rank_0():
+            write_exit(trainer, code, reason)
+        if trainer is not None:
+            trainer.close()
+
+
+def is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def build_model_keywords(config: Config) -> None:
+    """Find wrong model keywords without building anything large. Raises UserError."""
+    import torch
+
+    from ddpm_dist.models import build_model
+
+    with torch.device("meta"):
+        build_model(config.model.name, **config.network_keywords())
+
+
+def write_exit(trainer: Trainer | None, code: int, reason: str) -> None:
+    """exit.json in the run directory (if this process owns one) and where DDPM_DIST_EXIT_JSON says.
+
+    torchrun exits with 1 whatever its workers returned; the launch scripts read the code from here.
+    """
+    folders = [] if trainer is None else [trainer.folder / "exit.json"]
+    wanted = os.environ.get("DDPM_DIST_EXIT_JSON")
+    step = trainer.completed if trainer is not None else None
+    for path in [*folders, *([Path(wanted)] if wanted else [])]:
+        aside = path.with_name(path.name + ".incomplete")
+        try:
+            aside.write_text(json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
+            os.replace(aside, path)
+        except OSError as error:
+            print(f"warning: {path} could not be written: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def entry() -> None:
+    """Leave without Python's teardown when a rank fails on its own: the others still talk to its threads."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code not in (OK, REQUEUE) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

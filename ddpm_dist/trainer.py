@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from ddpm_dist.checkpoint import CheckpointStore, Reader, RunLock, reaches
 from ddpm_dist.config import Config
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches, synthetic_batches
+from ddpm_dist.data.shards import Index
 from ddpm_dist.errors import OK, REQUEUE, UserError
 from ddpm_dist.flops import peak_flops, training_flops
 from ddpm_dist.models import build_model
@@ -40,9 +39,7 @@ class Trainer:
         """Everything that can be wrong is found here, before anything is written. Raises UserError."""
         self.config, self.runtime = config, runtime
         self.plan = plan_batches(config.train.global_batch, config.train.micro_batch, runtime.world_size)
-        self.index = None
-        if config.data.source == "shards":
-            self.index = open_index(config.data, pack_hint(config))
+        self.index = runtime.together(self._open_data)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not config.train.audit
@@ -50,19 +47,8 @@ class Trainer:
         network = build_model(config.model.name, **config.network_keywords())
 
         self.folder = config.run.folder
-        self.lock = None
-        error = None
-        if runtime.is_main:
-            try:
-                self.lock = RunLock(self.folder)
-                if fresh and (found := [p.name for p in self.folder.iterdir() if p.name != "lock"]):
-                    raise UserError(
-                        f"--fresh: run directory {self.folder} is not empty ({', '.join(sorted(found)[:5])}): choose "
-                        "another run.name, or leave --fresh out to continue that run"
-                    )
-            except UserError as reason:
-                error = reason
-        runtime.agree(error)
+        self.lock, self.reason, self.completed = None, "", 0
+        runtime.together(lambda: self._own_folder(fresh))
 
         self.store = CheckpointStore(
             self.folder / "checkpoints", runtime, config.checkpoint.keep_last, config.checkpoint.keep_every,
@@ -71,8 +57,6 @@ class Trainer:
         self.store.tidy()
         reader = self.store.newest()
         state = reader.state if reader is not None else {}
-        if reader is None:
-            self._check_untouched()
         self._fix_what_the_start_decides(state)
         self.decoder = None
         if self.index is not None:
@@ -81,21 +65,32 @@ class Trainer:
             self._check_same_run(reader, state)
 
         self.step_fn = TrainStep(config, runtime, self.plan, network)
-        self.completed = 0
         # On the device: sum of finite losses and steps since the last log line, skipped steps in all and in a row.
         self.sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
         if reader is not None:
             self._load(reader, state)
         elif config.train.init_from:
-            initialise_from(config.train.init_from, self.step_fn.network)
+            runtime.together(lambda: initialise_from(config.train.init_from, self.step_fn.network))
             self.step_fn.ema.reset()
         self.mlflow_run_id = state.get("mlflow_run_id")
         self.total_steps = -(-config.train.images // config.train.global_batch)
 
-    def _check_untouched(self) -> None:
-        """Without a checkpoint the run starts at 0, whatever an attempt before the first save left."""
-        if self.runtime.is_main:
-            (self.folder / "exit.json").unlink(missing_ok=True)
+    def _open_data(self) -> Index | None:
+        if self.config.data.source != "shards":
+            return None
+        return open_index(self.config.data, pack_hint(self.config))
+
+    def _own_folder(self, fresh: bool) -> None:
+        if not self.runtime.is_main:
+            return
+        self.lock = RunLock(self.folder)
+        found = sorted(path.name for path in self.folder.iterdir() if path.name != "lock")
+        if fresh and found:
+            self.close()
+            raise UserError(
+                f"--fresh: run directory {self.folder} is not empty ({', '.join(found[:5])}): choose another run.name, or "
+                "leave --fresh out to continue that run"
+            )
 
     def _fix_what_the_start_decides(self, state: dict[str, Any]) -> None:
         optim = self.config.optim
@@ -122,8 +117,7 @@ class Trainer:
         self.step_fn.engine.load(reader, state["scaler"])
         self.step_fn.ema.load(reader)
         self.completed = reader.step
-        if self.runtime.is_main:  # sums over all ranks are kept by rank 0
-            self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))  # the same on every rank
         self.store.saved_step = reader.step
 
     def run(self) -> int:
@@ -315,22 +309,18 @@ class Trainer:
             self.audit.close()
 
     def _leave(self, code: int, reason: str) -> int:
-        if self.runtime.is_main:
-            write_exit(self.folder, code, reason, self.completed)
-            self.lock.release()
+        self.reason = reason
         return code
+
+    def close(self) -> None:
+        """Give the run directory back."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     def _say(self, text: str) -> None:
         if self.runtime.is_main:
             print(text, flush=True)
-
-
-def write_exit(folder: Path, code: int, reason: str, step: int) -> None:
-    """exit.json: what torchrun does not pass on."""
-    path = folder / "exit.json"
-    aside = path.with_name("exit.json.incomplete")
-    aside.write_text(json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
-    os.replace(aside, path)
 
 
 def pack_hint(config: Config) -> str:

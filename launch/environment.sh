@@ -67,3 +67,42 @@ dali_extra() {
     fi
     echo cuda13
 }
+
+# One process per GPU (a power of two, so that it divides the usual batches), or 2 (1 on a single core) without any.
+device_processes() {
+    local gpus=0 count=1
+    gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+    if ((gpus == 0)); then
+        (($(nproc) > 1)) && echo 2 || echo 1
+        return
+    fi
+    while ((count * 2 <= gpus)); do count=$((count * 2)); done
+    echo "$count"
+}
+
+# torchrun PROCESSES -m MODULE ...: on this machine, the cores shared between the processes.
+torchrun() {
+    local processes="$1" threads
+    shift
+    threads=$(($(nproc) / processes))
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}" \
+        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$processes" "$@"
+}
+
+# train RUN_DIR PROCESSES ARGUMENTS...: torchrun exits with 1 whatever its workers said; the real code comes through a file.
+train() {
+    local run="$1" processes="$2" code=0 said
+    shift 2
+    said="$(mktemp)"
+    DDPM_DIST_EXIT_JSON="$said" torchrun "$processes" -m ddpm_dist.train "$@" run.dir="$run" || code=$?
+    if ((code == 1)) && [[ -s $said ]]; then
+        code="$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$said")"
+    fi
+    rm -f "$said"
+    return "$code"
+}
+
+# The name of the newest published checkpoint of a run.
+newest_checkpoint() {
+    find "$1/checkpoints" -maxdepth 1 -type d -name 'step_*[0-9]' -printf '%f\n' | sort | tail -n 1
+}

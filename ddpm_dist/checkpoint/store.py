@@ -226,17 +226,17 @@ class CheckpointStore:
 
     def _problem(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, agreed by all ranks; each rank reads its share of the files."""
-        error: str | None = None
-        too_new: UserError | None = None
-        try:
-            check_files(folder, read_manifest(folder), self._runtime.rank, self._runtime.world_size)
-        except Damaged as reason:
-            error = str(reason)
-        except OSError as reason:
-            error = f"{reason.filename}: {reason.strerror}"
-        except UserError as reason:
-            too_new = reason
-        self._runtime.agree(too_new)
+
+        def check() -> str | None:
+            try:
+                check_files(folder, read_manifest(folder), self._runtime.rank, self._runtime.world_size)
+            except Damaged as reason:
+                return str(reason)
+            except OSError as reason:
+                return f"{reason.filename}: {reason.strerror}"
+            return None
+
+        error = self._runtime.together(check)  # a version that is too new is no damage: it ends the start on every rank
         found: list[str | None] = [None] * self._runtime.world_size
         dist.all_gather_object(found, error, group=self._runtime.control)
         return next((text for text in found if text is not None), None)

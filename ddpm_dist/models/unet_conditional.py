@@ -6,6 +6,7 @@ are those of the small single-device program it comes from, so weights trained t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -187,15 +188,14 @@ def keywords_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any
     first = shapes.get("inc.double_conv.0.weight", ())
     if len(first) != 4:
         return {}
-    width, in_channels = first[:2]
-    channels = [width]
+    channels = [first[0]]
     while len(last := shapes.get(f"down{len(channels)}.maxpool_conv.2.double_conv.0.weight", ())) == 4:
         channels.append(last[0])
     levels = len(channels) - 1
     keywords: dict[str, Any] = {
-        "in_channels": in_channels,
-        "width": width,
-        "channel_mults": [max(1, count // width) for count in channels],
+        "in_channels": first[1],
+        "width": math.gcd(*channels),
+        "channel_mults": [count // math.gcd(*channels) for count in channels],
     }
     attended = [level for level in range(levels + 1) if f"sa{level or 2 * levels}.mha.in_proj_weight" in shapes]
     keywords["attention_levels"] = None if len(attended) == levels + 1 else attended

@@ -99,20 +99,26 @@ def network_shapes(name: str, keywords: dict[str, Any]) -> _Shapes:
 
 def check_shapes(found: _Shapes, wanted: _Shapes, where: str) -> None:
     """Raise UserError with the first differences between two lists of names and shapes."""
-    lines = []
-    for name in wanted.keys() | found.keys():
-        if name not in found:
-            lines.append(f"{name}: missing, the network has {list(wanted[name])}")
-        elif name not in wanted:
-            lines.append(f"{name}: {list(found[name])} in the file, unknown to the network")
-        elif found[name] != wanted[name]:
-            lines.append(f"{name}: {list(found[name])} in the file, {list(wanted[name])} in the network")
-    if lines:
-        shown = "\n  ".join(sorted(lines)[:6])
-        more = f"\n  and {len(lines) - 6} more" if len(lines) > 6 else ""
+    missing = [f"{name}: missing, the network has {list(wanted[name])}" for name in wanted if name not in found]
+    unknown = [
+        f"{name}: {list(found[name])} in the file, unknown to the network" for name in found if name not in wanted
+    ]
+    differing = [
+        f"{name}: {list(found[name])} in the file, {list(wanted[name])} in the network"
+        for name in wanted
+        if name in found and found[name] != wanted[name]
+    ]
+    count = len(missing) + len(unknown) + len(differing)
+    if count:
+        shown = [*differing[:3], *missing[:3], *unknown[:3]]
+        more = f"\n  and {count - len(shown)} more" if count > len(shown) else ""
         raise UserError(
             f"{where}: these are not the weights of this network ({len(found)} tensors, the network has {len(wanted)}):"
-            f"\n  {shown}{more}\ncheck the network's name and keywords, or give the file that belongs to them"
+            "\n  "
+            + "\n  ".join(shown)
+            + more
+            + "\ncheck the network's name and keywords, or give the file that belongs "
+            "to them"
         )
 
 

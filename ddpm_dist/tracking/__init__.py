@@ -24,6 +24,7 @@ MLFLOW_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -93,6 +94,7 @@ class Tracker:
         job = Job(
             run_dir=run_dir,
             uri=uri,
+            database=sqlite_file(uri),
             artifacts=artifact_folder(uri, run_dir.parent),
             experiment=settings.experiment,
             run_name=run_name,
@@ -126,8 +128,8 @@ class Tracker:
     def close(self, status: str, timeout: float = CLOSE_SECONDS) -> None:
         """End the record: "FINISHED", "FAILED" or "KILLED" (stopped, to be continued). May be called twice.
 
-        Waits at most ``timeout`` seconds for a server that does not answer; while deliveries succeed, or MLflow is
-        still being imported, up to three times as long. What was not delivered is said on stderr.
+        Waits at most ``timeout`` seconds for a server that does not answer; up to three times as long while deliveries
+        succeed, and while MLflow is imported or a sqlite file opened. What was not delivered is said on stderr.
         """
         if status not in ("FINISHED", "FAILED", "KILLED"):
             raise ValueError(f"status must be FINISHED, FAILED or KILLED, not {status!r}")
@@ -153,6 +155,12 @@ def flatten(config: dict, prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a sqlite store, None for any other."""
+    match = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", uri)
+    return Path(match.group(1)).absolute() if match else None
+
+
 def artifact_folder(uri: str, default_parent: Path) -> Path | None:
     """Where the artifacts of a database store go: beside a sqlite file, else under ``default_parent``.
 
@@ -160,6 +168,5 @@ def artifact_folder(uri: str, default_parent: Path) -> Path | None:
     """
     if re.match(r"(https?|databricks(-uc)?|uc)(:|$)", uri):
         return None
-    sqlite = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", uri)
-    parent = Path(sqlite.group(1)).absolute().parent if sqlite else default_parent
-    return parent / "mlartifacts"
+    database = sqlite_file(uri)
+    return (database.parent if database else default_parent) / "mlartifacts"

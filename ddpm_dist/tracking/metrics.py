@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -98,7 +99,8 @@ def cut_back(path: Path, step: int) -> None:
             f"{path}: cannot cut back to step {step} ({error.strerror}); make room or fix access, start again"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
     if damaged:
         warn(f"{path}: {damaged} damaged line(s) dropped")
 
@@ -125,10 +127,9 @@ class JsonLines:
     truncated to its last whole line. Later lines are tried again, so logging resumes when there is room.
     """
 
-    def __init__(self, path: Path, write: Callable[[int, bytes], int] = os.write) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.lost = 0
-        self._write = write
         self._file: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._size = os.fstat(self._file).st_size
 
@@ -139,7 +140,7 @@ class JsonLines:
         try:
             done = 0
             while done < len(line):
-                done += self._write(self._file, line[done:])
+                done += os.write(self._file, line[done:])
         except OSError as error:
             self._drop_half_line()
             self.lost += 1
@@ -151,10 +152,8 @@ class JsonLines:
         self._size += len(line)
 
     def _drop_half_line(self) -> None:
-        try:
+        with suppress(OSError):  # cut_back() drops what is torn when the run is continued
             os.ftruncate(self._file, self._size)
-        except OSError:
-            pass  # cut_back() drops what is torn when the run is continued
 
     def close(self) -> None:
         if self._file is None:

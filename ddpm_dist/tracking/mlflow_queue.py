@@ -38,7 +38,7 @@ class Worker(threading.Thread):
         self._status: str | None = None
         self._finished = False  # MLflow has the final status
         self._abandoned = False  # nobody waits for this thread any more
-        self._loaded = False
+        self._starting = True  # importing MLflow or opening a file: slow on a busy machine, but nobody's fault
         self._client = None
         self._last_success = time.monotonic()
         self._last_error = ""
@@ -76,7 +76,7 @@ class Worker(threading.Thread):
             self._changed.notify()
         while self.is_alive():
             now = time.monotonic()
-            quiet_since = max(begin, self._last_success) if self._loaded else now
+            quiet_since = max(begin, self._last_success) if not self._starting else now
             left = min(quiet_since + timeout, begin + 3 * timeout) - now
             if left <= 0:
                 break
@@ -124,6 +124,7 @@ class Worker(threading.Thread):
 
     def _explain(self, error: Exception) -> None:
         self._last_error = reason(error)
+        self._starting = False
         if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
             # The server came back without the run: connect again and send everything.
             self._client, self._behind = None, True
@@ -143,13 +144,14 @@ class Worker(threading.Thread):
 
     def _work(self) -> None:
         """Deliver what there is; wait for more; return when the final status is delivered."""
-        if not self._loaded:
+        if self._client is None:
             import mlflow.tracking  # noqa: F401
 
-            self._last_success = time.monotonic()
-            self._loaded = True
-        if self._client is None:
+            if self._starting:
+                self._last_success = time.monotonic()
+                self._starting = self.job.database is not None
             self._client, self.run_id = open_run(self.job, self._memory)
+            self._starting = False
             self._succeeded()
         while not self._abandoned:
             self._deliver_records()

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -38,6 +39,7 @@ class Job:
 
     run_dir: Path
     uri: str
+    database: Path | None  # the file of a sqlite store
     artifacts: Path | None  # folder for the artifacts of a database store; None: the server decides
     experiment: str
     run_name: str
@@ -76,16 +78,47 @@ def open_run(job: Job, memory: Memory):
     """
     from mlflow.tracking import MlflowClient
 
+    if job.database is not None:
+        make_database(job.database)
     client = MlflowClient(tracking_uri=job.uri, registry_uri=job.uri)
     run = _known_run(client, job, memory)
     if run is None:
         run = _new_run(client, job)
+        memory.keep(run.info.run_id, 0)
     else:
         client.update_run(run.info.run_id, status="RUNNING")
+        if run.info.run_id != memory.run_id:
+            memory.keep(run.info.run_id, 0)  # unknown what it has; a store keeps exact repetitions once
     _log_params(client, job, run)
-    if run.info.run_id != memory.run_id:
-        memory.keep(run.info.run_id, 0)
     return client, run.info.run_id
+
+
+def make_database(path: Path) -> None:
+    """Make an MLflow sqlite file that is not there yet: aside, and linked into place when its tables are complete.
+
+    A process killed while MLflow makes the tables would otherwise leave a file that MLflow refuses for ever, and two
+    processes making one file would disturb each other. Here the first to finish wins.
+    """
+    from mlflow.tracking import MlflowClient
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.incomplete")
+    aside.unlink(missing_ok=True)
+    try:
+        store = MlflowClient(tracking_uri=f"sqlite:///{aside}")._tracking_client.store
+        with suppress(AttributeError):  # close the file
+            store.engine.dispose()
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                os.rename(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _known_run(client, job: Job, memory: Memory):

@@ -107,7 +107,7 @@ def save_loss_curve(metrics_jsonl: Path, path: Path) -> None:
 
 
 def smooth(values: Sequence[float], reach: int) -> np.ndarray:
-    """Geometric mean over at most ``reach`` values on either side, fewer where the curve begins: it falls steeply there.
+    """Geometric mean over at most ``reach`` values on either side, fewer at the steep beginning.
 
     Args:
         values: positive numbers.

@@ -1,0 +1,68 @@
+"""What the tests share: small shards, a small network, and ways to start real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DDPM_DIST_TIMEOUT_MINUTES", "3")
+
+# A network of 15,000 parameters on 16x16 grey images: a step takes some milliseconds.
+TINY = [
+    "data.image_size=16", "data.channels=1", "data.num_classes=10",
+    "model.width=4", "model.channel_mults=[1,2]", "model.attention_levels=[1]", "model.embedding_dim=16",
+    "diffusion.timesteps=20", "train.global_batch=12", "train.log_every=1",
+    "tracking.mlflow=false", "checkpoint.every=1_000_000_000", "ema.half_lives=[100, 1000]", "sampling.guidance=2.0",
+]  # fmt: skip
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of child processes: this checkout first, one thread each, no rank left over from a parent."""
+    values = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    path = os.pathsep.join([str(ROOT), *filter(None, [values.get("PYTHONPATH")])])
+    return {**values, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", **extra}
+
+
+def run_module(module: str, *arguments: str, ranks: int = 0, cwd: Path | None = None, **extra: str):
+    """Run ``python -m module`` (ranks=0) or torchrun with ``ranks`` processes; returns the completed process with text output."""
+    command = [sys.executable]
+    if ranks:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += ["-m", module, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd or ROOT, env=environment(**extra), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def train(folder: Path, *overrides: str, ranks: int = 0, options: tuple[str, ...] = (), shards: Path | None = None, **extra):
+    """Train the tiny network; ``shards`` None means synthetic data. Returns the completed process."""
+    data = [f"data.shards={shards}"] if shards else ["data.source=synthetic"]
+    empty = folder.parent / "empty.yaml"
+    empty.parent.mkdir(parents=True, exist_ok=True)
+    empty.write_text("{}\n")
+    return run_module(
+        "ddpm_dist.train", "--config", str(empty), *options, f"run.dir={folder}", *TINY, *data, *overrides,
+        ranks=ranks, **extra,
+    )  # fmt: skip
+
+
+def lines(path: Path) -> list[dict]:
+    """The records of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def digit_shards(tmp_path_factory) -> Path:
+    """The digits packed at 16x16 into several shards."""
+    from ddpm_dist.pack import pack
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    pack("digits", folder, samples_per_shard=500)
+    return folder
