@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ddpm_dist.errors import UserError
 
 MAX_BYTES = 1_000_000
+MAX_DEPTH = 20
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
 
 
@@ -321,11 +322,14 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def parse_yaml(text: str) -> Any:
     """``yaml.safe_load`` that refuses aliases (a few lines of them can stand for gigabytes) and duplicate keys."""
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(
-                f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not supported; use extends"
-            )
+            raise ValueError(f"line {line}: aliases (*{event.anchor}) are not supported; use extends")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"line {line}: nested more than {MAX_DEPTH} deep")
     _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader))
     return yaml.safe_load(text)
 

@@ -27,7 +27,7 @@ PAIRS = 2_000  # random pairs per class for the diversity
 
 @dataclass(frozen=True)
 class Report:
-    """What ``evaluate`` found. Shares are in 0..1."""
+    """What a ``Judge`` found. Shares are in 0..1."""
 
     real_images: int  # real images read; 4/5 trained the classifier
     generated_images: int
@@ -42,62 +42,77 @@ class Report:
     distinct: float  # number of different generated images, as a share of all of them
 
 
-def evaluate(
-    images: np.ndarray,
-    labels: np.ndarray,
-    real_images: np.ndarray,
-    real_labels: np.ndarray,
-    classes: list[str] | None = None,
-    seed: int = 0,
-) -> Report:
-    """Judge generated images by a classifier trained here on real ones.
+class Judge:
+    """A classifier trained on real images, which then judges any number of generated sets.
 
     Args:
-        images: generated, (N, C, H, W) uint8.
-        labels: (N,) integers, the class asked for, 0..K-1.
-        real_images: (M, C, H, W) uint8 of the same size.
-        real_labels: (M,) integers, 0..K-1.
+        images: real, (M, C, H, W) uint8.
+        labels: (M,) integers, 0..K-1.
         classes: K names; None: numbers up to the largest label.
         seed: of the split, the classifier and the real halves.
 
     Raises:
-        UserError: unlabelled images, labels outside the classes, other shapes, too few images.
+        UserError: unlabelled images, labels outside the classes, too few images.
     """
-    num_classes = len(classes) if classes else int(max(real_labels.max(initial=0), labels.max(initial=0))) + 1
-    names = classes or [str(index) for index in range(num_classes)]
-    _check(images, labels, num_classes, "generated images")
-    _check(real_images, real_labels, num_classes, "real images")
-    if images.shape[1:] != real_images.shape[1:]:
-        raise UserError(
-            f"generated images are {_shape(images)}, real ones {_shape(real_images)}: give the shards that the model "
-            "was trained on"
-        )
-    train, held_out = split(len(real_images), seed)
-    net = train_classifier(real_images[train], real_labels[train], num_classes, seed)
-    seen, features = predict(net, images)
-    real_seen, real_features = predict(net, real_images)
-    right = seen == labels
-    counts = np.bincount(labels, minlength=num_classes)
-    hits = np.bincount(labels[right], minlength=num_classes)
 
-    random = np.random.Generator(np.random.Philox(seed + 2))
-    order = random.permutation(len(real_images))
-    number = min(len(images), len(real_images) // 2)
-    half_a, half_b = order[:number], order[number : 2 * number]
-    chosen = random.permutation(len(images))[:number]
-    return Report(
-        real_images=len(real_images),
-        generated_images=len(images),
-        held_out_accuracy=float(np.mean(real_seen[held_out] == real_labels[held_out])),
-        recognized=float(right.mean()),
-        recognized_per_class={names[c]: float(hits[c] / counts[c]) for c in range(num_classes) if counts[c]},
-        generated_per_class={names[c]: int(counts[c]) for c in range(num_classes) if counts[c]},
-        frechet=frechet_distance(features[chosen], real_features[half_a]),
-        frechet_real=frechet_distance(real_features[half_b], real_features[half_a]),
-        frechet_images=number,
-        diversity=diversity(features, labels, real_features, real_labels),
-        distinct=len({image.tobytes() for image in images}) / len(images),
-    )
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str] | None = None, seed: int = 0) -> None:
+        self.names = classes or [str(index) for index in range(int(labels.max(initial=0)) + 1)]
+        self._check(images, labels, "real images")
+        self.images, self.labels, self.seed = images, labels, seed
+        train, held_out = split(len(images), seed)
+        self.net = train_classifier(images[train], labels[train], len(self.names), seed)
+        seen, self.features = predict(self.net, images)
+        self.accuracy = float(np.mean(seen[held_out] == labels[held_out]))
+
+    def report(self, images: np.ndarray, labels: np.ndarray) -> Report:
+        """Judge generated images.
+
+        Args:
+            images: (N, C, H, W) uint8 of the real images' size.
+            labels: (N,) integers, the class asked for, 0..K-1.
+
+        Raises:
+            UserError: unlabelled images, labels outside the classes, another shape, too few images.
+        """
+        self._check(images, labels, "generated images")
+        if images.shape[1:] != self.images.shape[1:]:
+            raise UserError(
+                f"generated images are {_shape(images)}, real ones {_shape(self.images)}: give the shards that the "
+                "model was trained on"
+            )
+        seen, features = predict(self.net, images)
+        right = seen == labels
+        counts = np.bincount(labels, minlength=len(self.names))
+        hits = np.bincount(labels[right], minlength=len(self.names))
+        random = np.random.Generator(np.random.Philox(self.seed + 2))
+        order = random.permutation(len(self.images))
+        number = min(len(images), len(order) // 2)
+        half_a, half_b = self.features[order[:number]], self.features[order[number : 2 * number]]
+        chosen = random.permutation(len(images))[:number]
+        return Report(
+            real_images=len(self.images),
+            generated_images=len(images),
+            held_out_accuracy=self.accuracy,
+            recognized=float(right.mean()),
+            recognized_per_class={self.names[c]: float(hits[c] / counts[c]) for c in np.flatnonzero(counts)},
+            generated_per_class={self.names[c]: int(counts[c]) for c in np.flatnonzero(counts)},
+            frechet=frechet_distance(features[chosen], half_a),
+            frechet_real=frechet_distance(half_b, half_a),
+            frechet_images=number,
+            diversity=diversity(features, labels, self.features, self.labels),
+            distinct=len({image.tobytes() for image in images}) / len(images),
+        )
+
+    def _check(self, images: np.ndarray, labels: np.ndarray, what: str) -> None:
+        if len(images) < 20:
+            raise UserError(f"{len(images)} {what}: at least 20 are needed")
+        if (labels < 0).any():
+            unlabelled = int((labels < 0).sum())
+            raise UserError(f"{unlabelled} of the {what} have no label (-1); the classifier needs every label")
+        if labels.max() >= len(self.names):
+            raise UserError(
+                f"{what}: label {labels.max()} is outside the {len(self.names)} classes (0 to {len(self.names) - 1})"
+            )
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -149,7 +164,7 @@ def load_generated(path: Path, number: int | None = None) -> tuple[np.ndarray, n
         images (N, C, H, W) uint8 and labels (N,) int64.
 
     Raises:
-        UserError: no such file, not such a file, wrong shapes or types, no labels.
+        UserError: no such file, not such a file, wrong shapes or types.
     """
     path = Path(path)
     try:
@@ -159,7 +174,7 @@ def load_generated(path: Path, number: int | None = None) -> tuple[np.ndarray, n
         raise UserError(
             f"{path}: no such file; python -m ddpm_dist.sample RUN --num 500 --out {path} makes it"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path}: not an npz file with the arrays 'images' and 'labels' ({error}); "
             "make one with python -m ddpm_dist.sample RUN --num 500 --out X.npz"
@@ -200,9 +215,7 @@ def load_real(
         ids = np.sort(np.random.Generator(np.random.Philox(seed)).permutation(count)[:limit])
     labels = index.samples["label"][ids].astype(np.int64)
     if (labels < 0).any():
-        raise UserError(
-            f"{folder}: {int((labels < 0).sum())} image(s) without label; a classifier needs labelled images"
-        )
+        raise UserError(f"{folder}: {int((labels < 0).sum())} image(s) without label; a classifier needs labelled ones")
     images = np.empty((len(ids), index.channels, *size), np.uint8)
     for place, sample in enumerate(ids):
         try:
@@ -238,15 +251,6 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _check(images: np.ndarray, labels: np.ndarray, num_classes: int, what: str) -> None:
-    if len(images) < 20:
-        raise UserError(f"{len(images)} {what}: at least 20 are needed")
-    if (labels < 0).any():
-        raise UserError(f"{int((labels < 0).sum())} of the {what} have no label (-1); the classifier needs every label")
-    if labels.max() >= num_classes:
-        raise UserError(f"{what}: label {labels.max()} is outside the {num_classes} classes (0 to {num_classes - 1})")
-
-
 def _shape(images: np.ndarray) -> str:
     _, channels, height, width = images.shape
     return f"{height}x{width} with {channels} channel(s)"
@@ -267,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     images, labels = load_generated(options.images, options.num)
     real_images, real_labels, classes = load_real(options.shards, images.shape[2:], options.max_real, options.seed)
-    report = evaluate(images, labels, real_images, real_labels, classes, options.seed)
+    report = Judge(real_images, real_labels, classes, options.seed).report(images, labels)
     print(table(report))
     if options.json is not None:
         aside = options.json.with_name(options.json.name + ".incomplete")

@@ -239,6 +239,17 @@ def test_what_a_killed_process_did_not_deliver_arrives_when_the_run_is_continued
     assert steps(store(runs), tracker.run_id) == [*range(1, 311)]
 
 
+def test_a_process_killed_while_it_makes_the_store_does_not_spoil_it_for_others(tmp_path):
+    killed = process(tmp_path / "run", "", 1, 10, "FINISHED")
+    wait_until(lambda: any(entry.stat().st_size > 0 for entry in tmp_path.glob("mlflow.db*.incomplete")))
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "mlflow.db").exists()
+    tracker = start(tmp_path / "run", step=10)
+    tracker.close("FINISHED")
+    assert steps(store(tmp_path), tracker.run_id) == [*range(1, 11)]
+
+
 def test_several_runs_write_into_the_same_new_sqlite_file_at_once(tmp_path):
     started = [process(tmp_path / f"run{n}", "", 1, 200, "FINISHED") for n in range(3)]
     ids = set()

@@ -124,6 +124,7 @@ def test_tars_hold_nothing_that_depends_on_time_or_user(shapes):
                 assert member.mode == 0o644 and member.isfile()
 
 
+@pytest.mark.slow
 def test_bytes_are_the_same_for_any_number_of_workers(tmp_path):
     """From separate processes with another hash seed, time zone and umask."""
     made = []
@@ -357,6 +358,7 @@ def start_endless(out):
     return process, aside
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_leaves_no_folder_and_no_processes_and_the_next_pack_works(tmp_path):
     out = tmp_path / "out"
     process, aside = start_endless(out)
@@ -375,6 +377,7 @@ def test_kill_9_in_the_middle_leaves_no_folder_and_no_processes_and_the_next_pac
     assert len(contents(out)) == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_cleans_up(tmp_path):
     process, _ = start_endless(tmp_path / "out")
     for pid in [process.pid, *children_of(process.pid)]:  # a terminal sends it to all of them
@@ -385,6 +388,7 @@ def test_ctrl_c_cleans_up(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_an_error_that_says_so(tmp_path):
     process, _ = start_endless(tmp_path / "out")
     spawned = [pid for pid in children_of(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -394,6 +398,7 @@ def test_a_worker_that_dies_is_an_error_that_says_so(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_two_packs_into_the_same_folder_do_not_mix(tmp_path):
     process, aside = start_endless(tmp_path / "out")
     try:
