@@ -226,17 +226,17 @@ def process(folder: Path, uri: str, first: int, last: int, end: str, **environme
 
 
 def test_what_a_killed_process_did_not_deliver_arrives_when_the_run_is_continued(runs):
-    killed = process(runs / "run", "", 1, 300, "kill")
+    killed = process(runs / "run", "", 1, 1500, "kill")
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     known = json.loads((runs / "run" / "tracking.json").read_text())
-    assert known["delivered_step"] < 300  # killed before all was delivered
+    assert known["delivered_step"] < 1500  # killed before all was delivered
 
-    tracker = start(runs / "run", step=200)  # the newest checkpoint
-    log(tracker, 201, 310)
+    tracker = start(runs / "run", step=1000)  # the newest checkpoint
+    log(tracker, 1001, 1510)
     tracker.close("FINISHED")
     assert tracker.run_id == known["mlflow_run_id"]
-    assert steps(store(runs), tracker.run_id) == [*range(1, 311)]
+    assert steps(store(runs), tracker.run_id) == [*range(1, 1511)]
 
 
 def test_a_process_killed_while_it_makes_the_store_does_not_spoil_it_for_others(tmp_path):

@@ -257,18 +257,21 @@ class _Decoder:
         return pixels.permute(0, 3, 1, 2), labels, ready
 
     def _blame(self, ids: np.ndarray, encoded: list[np.ndarray], error: RuntimeError) -> BaseException:
-        """DALI does not say which image of a batch it could not decode: find it with PIL."""
-        import io
+        """DALI does not say which image of a batch it could not decode: try them one by one."""
+        from nvidia.dali import fn, pipeline_def
 
-        from PIL import Image
+        @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+        def single():
+            return fn.decoders.image(fn.external_source(name="encoded", ndim=1), device="cpu")
 
+        pipe = single()
         for sample, data in zip(ids, encoded, strict=True):
             try:
-                with Image.open(io.BytesIO(data.tobytes())) as image:
-                    image.load()
-            except Exception as reason:
+                pipe.feed_input("encoded", [data])
+                pipe.run()
+            except RuntimeError:
                 found = UserError(
-                    f"{self._index.describe(int(sample))} cannot be decoded: {reason}; repair or remove it and pack again"
+                    f"{self._index.describe(int(sample))} cannot be decoded; repair or remove it and pack again"
                 )
                 found.one_rank = True
                 return found
