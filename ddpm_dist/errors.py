@@ -17,6 +17,10 @@ class UserError(Exception):
     """Bad input: the message says what was wrong, where, and what to do. Entry points turn it into exit code 2."""
 
 
+class RunFailed(Exception):
+    """The run itself went wrong (not its input) in a way that a traceback would not explain. Becomes exit code 1."""
+
+
 def exit_codes(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap an entry point: ``UserError`` is printed without a traceback and becomes exit code 2.
 
@@ -34,8 +38,21 @@ def exit_codes(main: Callable[..., int | None]) -> Callable[..., int]:
                 prefix = f"error (rank {rank}): " if rank != "0" else "error: "
                 print(f"{prefix}{error}", file=sys.stderr, flush=True)
             return BAD_USAGE
+        except RunFailed as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"failed: {error}", file=sys.stderr, flush=True)
+            return FAILED
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return 130
 
     return wrapped
+
+
+def leave(code: int) -> None:
+    """End the process. After a failure without Python's teardown: other ranks may still talk to this one's threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code in (OK, REQUEUE):
+        sys.exit(code)
+    os._exit(code)

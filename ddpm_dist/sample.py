@@ -2,7 +2,9 @@
 
     python -m ddpm_dist.sample runs/cifar64 --classes 6 --num 64 --guidance 3 --out frogs.png
     python -m ddpm_dist.sample runs/digits --num 100 --out digits.png --gif reverse.gif
-    torchrun --nproc_per_node=8 -m ddpm_dist.sample runs/cifar64 --num 50000 --out-dir generated/
+    torchrun --nproc_per_node=8 -m ddpm_dist.sample runs/cifar64 -n 50000 --out-dir generated/
+
+(Write -n under torchrun: with Python 3.11 it takes a --num behind the module for its own --numa-binding and stops.)
 
 Image i depends on the seed and i only (and its class): neither the number of processes nor the batch size changes it.
 """
@@ -26,7 +28,7 @@ from ddpm_dist.checkpoint.format import MANIFEST, Reader
 from ddpm_dist.config import Diffusion
 from ddpm_dist.diffusion import Schedule, sample, to_uint8
 from ddpm_dist.diffusion.samplers import SAMPLERS, VARIANCES
-from ddpm_dist.errors import UserError, exit_codes
+from ddpm_dist.errors import RunFailed, UserError, exit_codes, leave
 from ddpm_dist.models import build_model
 from ddpm_dist.models.weights import load_weights
 from ddpm_dist.previews import class_rows
@@ -111,7 +113,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("source", type=Path, help="run directory, checkpoint folder or weights.safetensors")
     p.add_argument("--classes", help="numbers or names, separated by commas; they cycle (default: all)")
-    p.add_argument("--num", type=int, default=64, help="images in total (default 64)")
+    p.add_argument("-n", "--num", "--num-images", type=int, default=64, help="images in total (default 64)")
     p.add_argument(
         "--guidance", type=float, default=3.0, help="0 unconditional, 1 conditional, more is stronger (default 3)"
     )
@@ -125,7 +127,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, action="append", default=[], help="grid .png or arrays .npz; may be given twice")
     p.add_argument("--out-dir", type=Path, help="one PNG per image: INDEX_CLASS.png")
     p.add_argument("--gif", type=Path, help="the reverse process of the first images")
-    return p.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["--"]:  # torchrun hands on a "--" that keeps it from reading the options behind it
+        given = given[1:]
+    return p.parse_args(given)
 
 
 def choose_labels(classes: str | None, num: int, source: Source) -> Tensor | None:
@@ -155,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     from ddpm_dist import runtime as runtimes
 
     runtime = runtimes.start()
-    torch.set_float32_matmul_precision("high")
+    runtimes.use_fast_matmuls(runtime.device)
     source, labels = runtime.together(lambda: _open(a))
     network = source.network.to(runtime.device).eval()
     batch = a.batch or (64 if runtime.device.type == "cpu" else 256)
@@ -177,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
                 on_step=lambda k, t, x, record=record: bar.step(k, x, record, source.value_range),
             )  # fmt: skip
         if not bool(torch.isfinite(images).all()):
-            raise RuntimeError(f"images {int(indices[0])}..{int(indices[-1])} are not finite; try --precision fp32")
+            raise RunFailed(f"images {int(indices[0])}..{int(indices[-1])} are not finite; try --precision fp32")
         pixels = to_uint8(images, source.value_range).cpu().numpy()
         bar.done(len(indices))
         if a.out_dir:
@@ -291,5 +296,10 @@ def _write_folder(folder: Path, indices: list[int], images: np.ndarray, labels: 
         os.replace(aside, folder / f"{index:06d}{suffix}.png")
 
 
+def entry() -> None:
+    """The console command."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

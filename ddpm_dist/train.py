@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_dist.config import Config, load_config
-from ddpm_dist.errors import BAD_USAGE, FAILED, OK, REQUEUE, UserError, exit_codes
+from ddpm_dist.errors import BAD_USAGE, FAILED, OK, UserError, exit_codes, leave
 
 if TYPE_CHECKING:
     from ddpm_dist.trainer import Trainer
@@ -101,13 +101,8 @@ def write_exit(trainer: Trainer | None, code: int, reason: str) -> None:
 
 
 def entry() -> None:
-    """Leave without Python's teardown when a rank fails on its own: the others still talk to its threads."""
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code not in (OK, REQUEUE) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(code)
-    sys.exit(code)
+    """The console command."""
+    leave(main())
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from ddpm_dist.config import Config
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches, synthetic_batches
 from ddpm_dist.data.shards import Index
-from ddpm_dist.errors import OK, REQUEUE, UserError
+from ddpm_dist.errors import OK, REQUEUE, RunFailed, UserError
 from ddpm_dist.flops import peak_flops, training_flops
 from ddpm_dist.models import build_model
 from ddpm_dist.models.weights import initialise_from
 from ddpm_dist.previews import preview
-from ddpm_dist.runtime import Runtime, StopRequest
+from ddpm_dist.runtime import Runtime, StopRequest, use_fast_matmuls
 from ddpm_dist.step import TrainStep, learning_rate
 from ddpm_dist.tracking import Tracker, cut_back
 from ddpm_dist.tracking.progress import Progress
@@ -40,9 +40,10 @@ class Trainer:
         self.config, self.runtime = config, runtime
         self.plan = plan_batches(config.train.global_batch, config.train.micro_batch, runtime.world_size)
         self.index = runtime.together(self._open_data)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+        use_fast_matmuls(runtime.device)
         torch.backends.cudnn.benchmark = not config.train.audit
+        if config.train.audit and runtime.device.type == "cuda":
+            torch.use_deterministic_algorithms(True, warn_only=True)
         torch.manual_seed(config.run.seed)
         network = build_model(config.model.name, **config.network_keywords())
 
@@ -191,7 +192,7 @@ class Trainer:
             return
         loss_sum, steps, skipped, in_a_row, grad_norm = [*self.sums.tolist(), float(result.grad_norm)]
         if in_a_row >= train.max_skipped_steps:
-            raise RuntimeError(
+            raise RunFailed(
                 f"the loss or its gradient was not finite for {int(in_a_row)} steps in a row, last at step {self.completed}: "
                 "lower optim.lr, set train.grad_clip, or use train.precision=bf16 or fp32; the newest checkpoint is intact"
             )
@@ -266,14 +267,8 @@ class Trainer:
         """Cut the records back to the checkpoint and open them; rank 0 writes, the others have none."""
         config, runtime = self.config, self.runtime
         self.tracker = self.progress = self.last_record = None
+        runtime.together(self._cut_records)
         if runtime.is_main:
-            (self.folder / "exit.json").unlink(missing_ok=True)
-            (self.folder / "config.yaml").write_text(config.to_yaml())
-            cut_back(self.folder / "audit.jsonl", self.completed)
-            self.tracker = Tracker(
-                self.folder, config.tracking, config.run.name, configuration.flatten(config.to_dict()), self.completed,
-                run_id=self.mlflow_run_id,
-            )  # fmt: skip
             budget = self.total_steps * self.plan.global_batch
             self.progress = Progress(budget, self.completed * self.plan.global_batch, enabled=True)
             start = f"continuing at step {self.completed:,}" if self.completed else "starting"
@@ -285,6 +280,29 @@ class Trainer:
         self.audit = None
         if config.train.audit:
             self.audit = Audit(self.folder / "audit.jsonl", runtime, self.plan.global_batch)
+
+    def _cut_records(self) -> None:
+        if not self.runtime.is_main:
+            return
+        config = self.config
+        try:
+            (self.folder / "exit.json").unlink(missing_ok=True)
+            aside = self.folder / "config.yaml.incomplete"
+            aside.write_text(config.to_yaml())
+            aside.replace(self.folder / "config.yaml")
+            cut_back(self.folder / "audit.jsonl", self.completed)
+            self.tracker = Tracker(
+                self.folder,
+                config.tracking,
+                config.run.name,
+                config.to_dict(),
+                self.completed,
+                run_id=self.mlflow_run_id,
+            )
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.folder} cannot be written: {error.strerror}; make room or set run.dir"
+            ) from None
 
     def _loader(self) -> Loader:
         config, steps = self.config, range(self.completed, self.total_steps)

@@ -41,7 +41,9 @@ def run_module(module: str, *arguments: str, ranks: int = 0, cwd: Path | None = 
     )
 
 
-def train(folder: Path, *overrides: str, ranks: int = 0, options: tuple[str, ...] = (), shards: Path | None = None, **extra):
+def train(
+    folder: Path, *overrides: str, ranks: int = 0, options: tuple[str, ...] = (), shards: Path | None = None, **extra
+):
     """Train the tiny network; ``shards`` None means synthetic data. Returns the completed process."""
     data = [f"data.shards={shards}"] if shards else ["data.source=synthetic"]
     empty = folder.parent / "empty.yaml"

@@ -63,7 +63,7 @@ def first_shard(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda f: [p.unlink() for p in f.iterdir()], ["index.json"]),
+        (lambda f: [p.unlink() for p in f.iterdir()], ["is empty", "data.shards"]),
         (lambda f: (f / "index.npy").unlink(), ["index.npy"]),
         (lambda f: first_shard(f).unlink(), [".tar"]),
         (lambda f: os.truncate(first_shard(f), 10_240), [".tar", "bytes"]),

@@ -34,9 +34,7 @@ def alone():
     runtimes.finish()
 
 
-@given(
-    sizes=st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=8), world=st.integers(1, 9)
-)
+@given(sizes=st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=8), world=st.integers(1, 9))
 @settings(max_examples=200, deadline=None)
 def test_partition_covers_every_row_once_and_is_balanced(sizes, world):
     shapes = {f"t{i}": torch.Size(size) for i, size in enumerate(sizes)}
@@ -228,7 +226,11 @@ def test_a_damaged_newest_is_set_aside_and_the_one_before_used(tmp_path, alone, 
     assert reader.step == 1 and reader.tensor("model/w").tolist() == [1, 1, 1]
     said = capsys.readouterr().err
     assert "step_00000003" in said and "rank_00000.safetensors" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002.corrupt", "step_00000003.corrupt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000001",
+        "step_00000002.corrupt",
+        "step_00000003.corrupt",
+    ]
     assert save(store, 3) is None  # the number is free again
 
 
@@ -313,7 +315,10 @@ def test_sigkill_at_any_operation_leaves_a_good_checkpoint(tmp_path, alone):
         "runtime.finish()\n"
     )  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "runs"), str(total)], env=environment(), capture_output=True, text=True
+        [sys.executable, str(script), str(tmp_path / "runs"), str(total)],
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     steps = set()
@@ -380,4 +385,3 @@ def test_a_corrupt_checkpoint_is_passed_over_by_training_and_refused_when_named(
     assert again.returncode == 0 and "continuing at step 4" in again.stdout
     assert "step_00000005.corrupt" in again.stderr
     assert lines(run / "audit.jsonl") == before
-

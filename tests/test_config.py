@@ -45,7 +45,9 @@ def test_all_wrong_keys_are_listed_at_once():
 
 
 def test_numbers_as_people_write_them():
-    config = load_config(None, ["optim.lr=3e-4", "train.images=2e6", "train.global_batch=1_024", "ema.half_lives=[1e5, 3]"])
+    config = load_config(
+        None, ["optim.lr=3e-4", "train.images=2e6", "train.global_batch=1_024", "ema.half_lives=[1e5, 3]"]
+    )
     assert config.optim.lr == 3e-4 and config.train.images == 2_000_000 and config.train.global_batch == 1024
     assert config.ema.half_lives == [1e5, 3.0]
 

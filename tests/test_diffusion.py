@@ -76,7 +76,8 @@ def test_images_do_not_depend_on_how_they_are_cut():
     labels = torch.arange(7) % 3
     whole = sample(network, labels, schedule=schedule, seed=1)
     parts = [
-        sample(network, labels[i], schedule=schedule, seed=1, indices=i) for i in (torch.tensor([0, 1]), torch.arange(2, 7))
+        sample(network, labels[i], schedule=schedule, seed=1, indices=i)
+        for i in (torch.tensor([0, 1]), torch.arange(2, 7))
     ]
     assert torch.equal(whole, torch.cat(parts))
     assert torch.equal(whole[3:], sample(network, labels[3:], schedule=schedule, seed=1, first=3))

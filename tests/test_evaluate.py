@@ -158,6 +158,11 @@ def test_diversity_of_half_the_spread_is_one_half():
     real = random.normal(size=(200, 4)) + 10 * labels[:, None]
     center = np.array([real[labels == c].mean(axis=0) for c in (0, 1)])[labels]
     assert diversity(center + 0.5 * (real - center), labels, real, labels) == pytest.approx(0.5)
+    simplex, one_class = (
+        np.eye(50),
+        np.zeros(50, int),
+    )  # all distances are equal, so few images must not look less varied
+    assert diversity(simplex[:2], one_class[:2], simplex, one_class) == pytest.approx(1)
     assert np.isnan(diversity(real[:2], labels[:2], real, labels))
 
 

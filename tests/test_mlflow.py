@@ -294,6 +294,7 @@ class Store(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.runs = {} if runs is None else runs
         self.failing = False
+        self.delay = 0.0
         self.requests = 0
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -340,6 +341,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = json.loads(raw) if raw else dict(parse_qsl(url.query))
+        time.sleep(self.server.delay)
         if self.server.failing:
             return self.reply(500, {"error_code": "INTERNAL_ERROR", "message": "broken"})
         try:
@@ -396,6 +398,25 @@ def test_a_bad_server_never_slows_training_and_everything_is_in_the_file(tmp_pat
     assert "did not get steps 1 to 2000" in said and "1 picture(s)" in said and "the status FINISHED" in said
     assert said.count("does not take the record") <= 1
     assert tracker.run_id is None
+
+
+def test_after_close_nothing_is_sent_or_remembered_any_more(tmp_path):
+    """The next process may own the run by then."""
+    server = Store()
+    tracker = start(tmp_path / "run", server.uri)
+    wait_until(lambda: tracker.run_id is not None)
+    server.delay = 0.5
+    log(tracker, 1, 2000)
+    begin = time.monotonic()
+    tracker.close("KILLED", timeout=1)  # deliveries succeed, so it waits longer than this, but not for all of them
+    assert 1 < time.monotonic() - begin < 5
+    time.sleep(1)  # the batch that was on its way
+    known, sent = (tmp_path / "run" / "tracking.json").read_text(), list(server.runs[tracker.run_id]["steps"])
+    assert 0 < len(sent) < 2000
+    time.sleep(2)
+    assert (tmp_path / "run" / "tracking.json").read_text() == known
+    assert server.runs[tracker.run_id]["steps"] == sent
+    server.die()
 
 
 def test_pictures_are_bounded_too(tmp_path, capsys):

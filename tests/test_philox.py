@@ -40,7 +40,9 @@ def test_log_and_box_muller_agree_with_the_library():
     assert (philox._log(u).double() - u.double().log()).abs().max() < 3e-6
     words = torch.randint(0, 2**32, (2, 100_000), generator=torch.Generator().manual_seed(0))
     x, y = philox._box_muller(words[0], words[1])
-    assert torch.allclose((x.double() ** 2 + y.double() ** 2), -2 * ((words[0].double() + 0.5) / 2**32).log(), atol=1e-5)
+    assert torch.allclose(
+        (x.double() ** 2 + y.double() ** 2), -2 * ((words[0].double() + 0.5) / 2**32).log(), atol=1e-5
+    )
     # quadrants are only renumbered, so the angle is that of v up to a rotation by pi/4
     angle = torch.atan2(y.double(), x.double()) - 2 * math.pi * (words[1].double() - 2**29) / 2**32
     assert torch.allclose(torch.cos(angle), torch.ones(100_000, dtype=torch.float64), atol=1e-6)
@@ -67,7 +69,9 @@ def test_every_key_matters():
         philox.normal(1, 2, 3, slots + 2**32, (8,)),
     ]
     assert not any(torch.equal(base, other) for other in others)
-    assert torch.equal(base, philox.normal(1, 2, torch.tensor(3), slots, (8,)))  # a device-side step counter is the same
+    assert torch.equal(
+        base, philox.normal(1, 2, torch.tensor(3), slots, (8,))
+    )  # a device-side step counter is the same
 
 
 def test_host_draws_are_uniform_and_prefix_stable():

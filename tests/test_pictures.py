@@ -173,4 +173,6 @@ def test_smoothing_keeps_power_laws_and_removes_noise():
     assert smooth(values, 15) == pytest.approx(values)
     noisy = values * np.exp(np.random.default_rng(0).normal(0, 0.3, 300))
     assert np.abs(np.log(smooth(noisy, 15) / values))[60:280].mean() < 0.1
+    steep = 1 / np.arange(1, 301)
+    assert smooth(steep, 15) == pytest.approx(steep, rel=0.05)
     assert list(smooth([2.0], 5)) == [2.0]

@@ -203,7 +203,9 @@ def test_the_loader_hands_over_errors_and_ends():
         loader.next()
     loader.close()
 
-    endless = synthetic_batches(Data(source="synthetic", image_size=8), plan_batches(2, None, 1), rank(), 0, range(10**6))
+    endless = synthetic_batches(
+        Data(source="synthetic", image_size=8), plan_batches(2, None, 1), rank(), 0, range(10**6)
+    )
     loader = Loader(endless, torch.device("cpu"))
     loader.next()
     loader.close()

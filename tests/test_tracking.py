@@ -260,7 +260,7 @@ progress.close()
     assert done.returncode == 0, shown
     assert done.stdout == b""  # the bar replaces the lines
     assert " 31%|" in shown and " 60%|" in shown and "loss 0.0312" in shown and "ETA" in shown
-    assert "warning: something\r\n" in shown
+    assert "\rwarning: something\r\n" in shown  # on a line of its own: the bar was wiped before
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,17 @@ def test_every_world_size_sees_the_same_run(tmp_path, digit_shards, whole, ranks
 
 
 def test_accumulation_is_the_same_run(tmp_path, digit_shards, whole):
-    ok(train(tmp_path / "run", *AUDIT, "train.images=144", "train.micro_batch=3", *AUGMENTED, shards=digit_shards, ranks=2))
+    ok(
+        train(
+            tmp_path / "run",
+            *AUDIT,
+            "train.images=144",
+            "train.micro_batch=3",
+            *AUGMENTED,
+            shards=digit_shards,
+            ranks=2,
+        )
+    )
     assert_same_run(whole, lines(tmp_path / "run/audit.jsonl"))
 
 
@@ -83,7 +93,9 @@ def test_a_killed_run_resumes_bitwise(tmp_path, digit_shards, ranks):
     resumed = ok(train(tmp_path / "killed", *common, shards=digit_shards, ranks=ranks))
     assert "continuing at step" in resumed.stdout
     straight, killed = (lines(tmp_path / name / "audit.jsonl") for name in ("straight", "killed"))
-    assert straight == killed  # digests of pixels, noise, parameters, moments and averages, and the loss to the last bit
+    assert (
+        straight == killed
+    )  # digests of pixels, noise, parameters, moments and averages, and the loss to the last bit
     assert "params" in straight[-1] and "optim" in straight[-1] and "ema" in straight[-1]
     a, b = (lines(tmp_path / name / "metrics.jsonl") for name in ("straight", "killed"))
     timeless = ("step", "images_seen", "loss", "lr", "grad_norm", "skipped_steps")
@@ -201,7 +213,15 @@ def test_compile_and_channels_last_follow_eager(tmp_path):
 
 def test_gradients_are_clipped(tmp_path):
     ok(train(tmp_path / "free", "train.images=36", "train.audit=true", "train.audit_params_every=1"))
-    ok(train(tmp_path / "clipped", "train.images=36", "train.grad_clip=1e-4", "train.audit=true", "train.audit_params_every=1"))
+    ok(
+        train(
+            tmp_path / "clipped",
+            "train.images=36",
+            "train.grad_clip=1e-4",
+            "train.audit=true",
+            "train.audit_params_every=1",
+        )
+    )
     free, clipped = (lines(tmp_path / name / "metrics.jsonl") for name in ("free", "clipped"))
     assert free[0]["grad_norm"] == clipped[0]["grad_norm"] > 1e-4  # logged before clipping
     optim = [lines(tmp_path / name / "audit.jsonl")[0]["optim"] for name in ("free", "clipped")]
@@ -262,7 +282,16 @@ def test_previews_are_made_by_all_ranks_and_do_not_depend_on_their_number(tmp_pa
     pictures = []
     for ranks in (0, 2):
         run = tmp_path / f"run{ranks}"
-        ok(train(run, "train.images=24", "sampling.every=24", "sampling.num=30", "sampling.variance=posterior", ranks=ranks))
+        ok(
+            train(
+                run,
+                "train.images=24",
+                "sampling.every=24",
+                "sampling.num=30",
+                "sampling.variance=posterior",
+                ranks=ranks,
+            )
+        )
         pictures.append((run / "samples/step_00000002.png").read_bytes())
     from io import BytesIO
 
@@ -303,7 +332,9 @@ def test_training_needs_no_mlflow_and_no_dali(tmp_path):
         "            raise ImportError(name + ' is hidden')\n"
         "sys.meta_path.insert(0, Hide())\n"
     )
-    result = ok(train(tmp_path / "run", "train.images=24", PYTHONPATH=f"{hide}{os.pathsep}{environment()['PYTHONPATH']}"))
+    result = ok(
+        train(tmp_path / "run", "train.images=24", PYTHONPATH=f"{hide}{os.pathsep}{environment()['PYTHONPATH']}")
+    )
     assert "loss" in result.stdout
     probe = run_module("timeit", "-n1", "import mlflow", PYTHONPATH=str(hide))
     assert "is hidden" in probe.stderr, "the test hides nothing"

@@ -50,7 +50,8 @@ class UnetConditional(nn.Module):
         )
         channels = [width * mult for mult in channel_mults]
         self.levels = len(channels) - 1
-        self.in_channels, self.num_classes, self.embedding_dim = in_channels, num_classes, embedding_dim
+        self.in_channels, self.num_classes, self.image_size = in_channels, num_classes, image_size
+        self.embedding_dim = embedding_dim
         attended = range(len(channels)) if attention_levels is None else attention_levels
 
         def attention(name: str, level: int, features: int) -> None:
