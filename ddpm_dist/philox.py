@@ -51,7 +51,10 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 def _blocks(seed: int, stream: int, step: int | Tensor, slots: Tensor, count: int) -> tuple[Tensor, ...]:
     """``count`` Philox blocks for every slot: four int64 tensors of shape (len(slots), count)."""
     device = slots.device
-    step = torch.as_tensor(step, dtype=torch.int64, device=device).reshape(-1, 1)
+    if isinstance(step, Tensor):
+        step = step.to(device=device, dtype=torch.int64).reshape(-1, 1)
+    else:  # filled on the device: copying a host scalar there would wait for it
+        step = torch.full((1, 1), step, dtype=torch.int64, device=device)
     slots = slots.to(torch.int64).reshape(-1, 1)
     high = (stream << 24) | (((slots >> 32) & 0xFFF) << 12) | ((step >> 32) & 0xFFF)
     element = torch.arange(count, dtype=torch.int64, device=device).reshape(1, -1)
@@ -61,8 +64,8 @@ def _blocks(seed: int, stream: int, step: int | Tensor, slots: Tensor, count: in
 def uint32(seed: int, stream: int, step: int | Tensor, slots: Tensor, count: int) -> Tensor:
     """Uniform 32 bit words as int64 in [0, 2^32), shape (len(slots), count).
 
-    seed: 64 bit. stream: one of the constants of this module. step: integer or 0-dim tensor (training step, reverse step,
-    epoch). slots: (B,) int64, what the numbers belong to (slot in the batch, index of an image, sample id).
+    seed: 64 bit. stream: one of the constants of this module. step: integer, 0-dim tensor or (B,) tensor (training step, reverse
+    step, epoch). slots: (B,) int64, what the numbers belong to (slot in the batch, index of an image, sample id).
     """
     words = _blocks(seed, stream, step, slots, (count + 3) // 4)
     return torch.stack(words, dim=-1).flatten(1)[:, :count]

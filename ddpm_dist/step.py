@@ -60,14 +60,14 @@ class TrainStep:
 
     def __call__(self, step: int, loader: Loader, audit: Audit | None = None) -> StepResult:
         """Run step ``step`` (counted from 0) on the next micro-batches of ``loader``."""
-        plan, seed = self.plan, self.config.run.seed
+        plan = self.plan
         draws = self._draws(step)
         total = torch.zeros((), device=self.runtime.device)
         for micro in range(plan.accumulation):
             batch = loader.next()
             last = micro == plan.accumulation - 1
-            slots, t, dropped = self._to_device(draws[:, batch.slots])
-            x0, noise, x_t = self._prepare(batch.pixels, slots, t, step, seed)
+            slots, steps, t, dropped = self._to_device(draws[:, batch.slots])
+            x0, noise, x_t = self._prepare(batch.pixels, slots, steps, t)
             labels = objective.drop_labels(batch.labels, dropped.bool()) if self.config.data.num_classes else None
             with self.engine.micro_step(last):
                 prediction = self.engine(x_t, t, labels)
@@ -84,12 +84,15 @@ class TrainStep:
         return StepResult(total, norm, skipped)
 
     def _draws(self, step: int) -> np.ndarray:
-        """int64 (3, G): slot numbers, timesteps in t_min..T-1 and label drops of every slot of the step."""
+        """int64 (4, G): number, step, timestep in t_min..T-1 and label drop of every slot of the step.
+
+        The step travels as a tensor, so that a compiled function is not compiled again for every step.
+        """
         config, count = self.config, self.plan.global_batch
         d = config.diffusion
         t = philox.host_integers(config.run.seed, philox.TIMESTEPS, step, count, d.t_min, d.timesteps)
         dropped = philox.host_uniform(config.run.seed, philox.LABEL_DROP, step, count) < config.train.label_dropout
-        return np.stack([np.arange(count), t, dropped])
+        return np.stack([np.arange(count), np.full(count, step), t, dropped])
 
     def _to_device(self, draws: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(draws))
@@ -97,8 +100,8 @@ class TrainStep:
             tensor = tensor.pin_memory().to(self.runtime.device, non_blocking=True)
         return tensor
 
-    def _noisy(self, pixels: Tensor, slots: Tensor, t: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _noisy(self, pixels: Tensor, slots: Tensor, steps: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x0 = normalise(pixels, self.config.data.range, self.memory_format)
-        noise = philox.normal(seed, philox.TRAIN_NOISE, step, slots, tuple(x0.shape[1:]))
+        noise = philox.normal(self.config.run.seed, philox.TRAIN_NOISE, steps, slots, tuple(x0.shape[1:]))
         noise = noise.contiguous(memory_format=self.memory_format)
         return x0, noise, self.schedule.add_noise(x0, noise, t)

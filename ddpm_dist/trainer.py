@@ -131,7 +131,7 @@ class Trainer:
             )
             return self._leave(OK, "done")
         self._open_records()
-        loader = self._loader()
+        loader = self.open_loader()
         stop = StopRequest(runtime)
         stop.install()
         reason, failure = None, None
@@ -304,7 +304,7 @@ class Trainer:
                 f"run directory {self.folder} cannot be written: {error.strerror}; make room or set run.dir"
             ) from None
 
-    def _loader(self) -> Loader:
+    def open_loader(self) -> Loader:
         config, steps = self.config, range(self.completed, self.total_steps)
         if self.index is not None:
             batches = shard_batches(

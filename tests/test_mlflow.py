@@ -403,10 +403,10 @@ def test_a_bad_server_never_slows_training_and_everything_is_in_the_file(tmp_pat
 def test_after_close_nothing_is_sent_or_remembered_any_more(tmp_path):
     """The next process may own the run by then."""
     server = Store()
-    tracker = start(tmp_path / "run", server.uri)
-    wait_until(lambda: tracker.run_id is not None)
     server.delay = 0.5
-    log(tracker, 1, 2000)
+    tracker = start(tmp_path / "run", server.uri)
+    log(tracker, 1, 2000)  # 40 batches, all waiting before the first is sent
+    wait_until(lambda: tracker.run_id is not None)
     begin = time.monotonic()
     tracker.close("KILLED", timeout=1)  # deliveries succeed, so it waits longer than this, but not for all of them
     assert 1 < time.monotonic() - begin < 5

@@ -165,6 +165,13 @@ def test_memory_format_is_kept(memory_format):
         assert [name for name, is_last in formats.items() if not is_last] == []
 
 
+def test_the_output_takes_the_memory_format_of_the_input():
+    last = torch.randn(2, 3, 4, 4).contiguous(memory_format=CHANNELS_LAST)
+    plain = torch.randn(2, 3, 4, 4)
+    assert blocks.keep_memory_format(last, plain).is_contiguous()
+    assert blocks.keep_memory_format(plain, last).is_contiguous(memory_format=CHANNELS_LAST)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
 @pytest.mark.parametrize("size", [(1, 2), (2, 5), (8, 8), (32, 32)])
 @pytest.mark.parametrize("upsample", [blocks.upsample2x, blocks._upsample2x_by_shifts])
@@ -395,5 +402,10 @@ def test_a_failed_save_leaves_the_older_file_and_nothing_else(saved, tmp_path):
             tmp_path / "absent" / "x.safetensors", network.state_dict(), "unet_conditional",
             {"num_classes": 4, **TINY}, DIFFUSION,
         )  # fmt: skip
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        save_weights(
+            tmp_path / "folder", network.state_dict(), "unet_conditional", {"num_classes": 4, **TINY}, DIFFUSION
+        )
     assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "folder"}

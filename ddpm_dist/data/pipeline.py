@@ -297,7 +297,9 @@ def synthetic_batches(
         for micro in range(plan.accumulation):
             slots = plan.slots(runtime.rank, micro)
             _, ids = order.locate(step * plan.global_batch + slots)
-            on_device = torch.from_numpy(ids).to(runtime.device)
+            on_device = torch.from_numpy(ids)
+            if runtime.device.type == "cuda":
+                on_device = on_device.pin_memory().to(runtime.device, non_blocking=True)
             pixels = philox.uint8(seed, philox.SYNTHETIC_PIXELS, 0, on_device, shape)
             labels = on_device % settings.num_classes if settings.num_classes else torch.full_like(on_device, -1)
             ready = None

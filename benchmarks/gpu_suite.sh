@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under nine minutes and without a network: GPU tests, then benchmarks; one JSON report each.
+#   OUT=folder bash benchmarks/gpu_suite.sh        (default OUT: benchmarks/results/<GPU name>)
+# Every step has a time limit of its own, and a step that fails does not keep the others from running. The exit code is 1 if any did.
+# Needs torch, numpy, pydantic, pyyaml, safetensors, pillow, tqdm and pytest; steps that want DALI say so and are skipped without.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python="${PYTHON:-python3}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "error: no CUDA device for $python; run this on a machine with a GPU (PYTHON=... chooses the interpreter)" >&2
+    exit 2
+fi
+name="$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace("NVIDIA ", "").replace(" ", "_"))')"
+out="${OUT:-benchmarks/results/$name}"
+mkdir -p "$out"
+failed=()
+started=$SECONDS
+
+# step NAME SECONDS COMMAND...: under its own limit, its output in NAME.log, one line of result.
+step() {
+    local label="$1" limit="$2" code=0 begun=$SECONDS
+    shift 2
+    timeout --signal=TERM --kill-after=10 "$limit" "$@" >"$out/$label.log" 2>&1 || code=$?
+    printf '%-28s %4d s  %s\n' "$label" "$((SECONDS - begun))" "$( ((code == 0)) && echo ok || echo "FAILED ($code)")"
+    if ((code != 0)); then
+        failed+=("$label")
+        tail -n 15 "$out/$label.log"
+    fi
+}
+
+throughput() {
+    local label="$1" limit="$2"
+    shift 2
+    step "$label" "$limit" "$python" -m benchmarks.train_throughput --json "$out/$label.json" "$@"
+    [[ -f $out/$label.json ]] && tail -n 12 "$out/$label.log"
+}
+
+step gpu_tests 150 "$python" -m pytest -q -m gpu --junitxml="$out/gpu_tests.xml" tests/test_gpu.py
+throughput train_b256 110 --batch 256 --repeats 5 --steps 15 --no-reference
+throughput train_b128_vs_reference 120 --batch 128 --repeats 5 --steps 8
+throughput train_b32 60 --batch 32 --repeats 5 --steps 30 --no-reference
+throughput train_b256_eager 60 --batch 256 --repeats 3 --steps 10 --no-reference train.compile=false
+
+# The logs are folded into one file: what a machine sends back may be limited to a few files.
+"$python" - "$out" "$((SECONDS - started))" "${failed[@]}" <<'PY'
+import json, sys
+from pathlib import Path
+out, seconds, failed = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+logs = {path.stem: path.read_text(errors="replace")[-6000:] for path in sorted(out.glob("*.log"))}
+(out / "suite.json").write_text(json.dumps({"seconds": seconds, "failed": failed, "logs": logs}, indent=1))
+for path in [*out.glob("*.log"), *out.glob("gpu_tests.xml")]:
+    path.unlink()
+PY
+echo "reports in $out, $((SECONDS - started)) s, failed: ${failed[*]:-none}"
+((${#failed[@]} == 0))
