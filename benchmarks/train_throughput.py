@@ -16,9 +16,7 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,60 +25,17 @@ import torch.distributed as dist
 
 from benchmarks.environment import cpu_has_bf16, environment
 from benchmarks.reference import ReferenceLoop, unpack_shards, write_image_folder
+from benchmarks.timing import Contender, peak_rate
 from ddpm_dist import runtime as runtimes
 from ddpm_dist.config import Config, flatten, load_config
 from ddpm_dist.data.pipeline import PREFETCH
 from ddpm_dist.errors import UserError, exit_codes
-from ddpm_dist.flops import peak_flops, training_flops
+from ddpm_dist.flops import training_flops
 from ddpm_dist.models import model_keywords
 from ddpm_dist.runtime import Runtime
 from ddpm_dist.trainer import Trainer
 
 REFERENCE_IMAGES = 512
-
-
-@dataclass
-class Contender:
-    """One training loop. ``step()`` trains on one batch of ``images``; ``waited()`` is the seconds spent on data so far."""
-
-    name: str
-    images: int
-    step: Callable[[], Any]
-    waited: Callable[[], float]
-    seconds: list[float] = field(default_factory=list)  # per step, one number per turn
-    wait_share: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-
-    def turn(self, steps: int, settle: int, device: torch.device) -> None:
-        """Time ``steps`` steps after ``settle`` untimed ones."""
-        for _ in range(settle):
-            self.step()
-        _finish_work(device)
-        _reset_peak(device)
-        start, waited = time.perf_counter(), self.waited()
-        for _ in range(steps):
-            self.step()
-        _finish_work(device)
-        elapsed = time.perf_counter() - start
-        self.seconds.append(elapsed / steps)
-        self.wait_share.append(min(1.0, (self.waited() - waited) / elapsed))
-        self.peak_bytes = max(self.peak_bytes, _peak(device))
-
-    def report(self, flops_per_image: int, peak: float) -> dict[str, Any]:
-        """Medians and extremes over the turns."""
-        rates = [self.images / seconds for seconds in self.seconds]
-        median = statistics.median(rates)
-        return {
-            "images_per_sec": median,
-            "images_per_sec_lowest": min(rates),
-            "images_per_sec_highest": max(rates),
-            "images_per_sec_turns": rates,
-            "step_ms": 1e3 * statistics.median(self.seconds),
-            "data_wait_frac": statistics.median(self.wait_share),
-            "peak_memory_gb": self.peak_bytes / 1e9,
-            "tflops": median * flops_per_image / 1e12,
-            "mfu": median * flops_per_image / peak if peak else None,
-        }
 
 
 def settings(args: argparse.Namespace, scratch: Path, device: torch.device, world_size: int) -> Config:
@@ -164,7 +119,7 @@ def measure(args: argparse.Namespace, scratch: Path, runtime: Runtime) -> dict[s
     device = runtime.device
     config = settings(args, scratch, device, runtime.world_size)
     flops = training_flops(config.model.name, config.network_keywords())
-    peak, peak_source = nominal_peak(device)
+    peak, peak_source = peak_rate(device)
     contender, close = our_loop(config, runtime)
     contenders = [contender]
     try:
@@ -181,6 +136,7 @@ def measure(args: argparse.Namespace, scratch: Path, runtime: Runtime) -> dict[s
                 if runtime.world_size > 1:
                     dist.barrier(group=runtime.control)
                 each.turn(args.steps, settle, device)
+            peak = max(peak, peak_rate(device)[0])
     finally:
         close()
     report = {
@@ -208,22 +164,6 @@ def measure(args: argparse.Namespace, scratch: Path, runtime: Runtime) -> dict[s
     else:
         report["reference_skipped"] = skipped
     return report
-
-
-def nominal_peak(device: torch.device) -> tuple[float, str]:
-    """FLOP/s that MFU is relative to: the data sheet's bf16 rate of a known GPU, else a large float32 matrix product."""
-    if known := peak_flops(device):
-        return known, "data sheet, dense bf16"
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device)
-    best = float("inf")
-    for _ in range(6):
-        _finish_work(device)
-        start = time.perf_counter()
-        a @ a
-        _finish_work(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best, f"measured, float32 matrix product of {size}"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -261,32 +201,6 @@ def table(report: dict[str, Any]) -> str:
     else:
         lines.append(f"no baseline: {report['reference_skipped']}")
     return "\n".join(lines)
-
-
-def _finish_work(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the highest resident set
-    except OSError:
-        pass
-
-
-def _peak(device: torch.device) -> int:
-    """Bytes: the most since ``_reset_peak``."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

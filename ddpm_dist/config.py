@@ -187,6 +187,7 @@ class Sampling(Section):
     steps: int | None = Field(None, ge=1)  # null: every timestep
     guidance: float = Field(3.0, ge=0)
     variance: Literal["beta", "posterior"] = "beta"
+    thresholding: Literal["none", "clip"] = "none"  # clip: keep the predicted image in data.range at every step
 
 
 class Tracking(Section):
@@ -242,7 +243,11 @@ class Config(Section):
         return {**own, **derived}
 
     def to_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        """Plain data, for files and records: a user and password inside tracking.uri are left out."""
+        values = self.model_dump(mode="json")
+        if self.tracking.uri is not None:
+            values["tracking"]["uri"] = re.sub(r"//[^/@]*@", "//", self.tracking.uri)
+        return values
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)

@@ -47,6 +47,8 @@ def preview(
             steps=config.sampling.steps,
             guidance=config.sampling.guidance if classes else 0.0,
             variance=config.sampling.variance,
+            thresholding=config.sampling.thresholding,
+            value_range=config.data.range,
             seed=config.run.seed,
             device=runtime.device,
         )
@@ -70,7 +72,8 @@ def class_rows(images: np.ndarray, labels: np.ndarray, longest: int = 20) -> tup
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2 or counts.max() < 2:
         return images, max(1, round(len(labels) ** 0.5))
-    columns = min(int(counts.max()), longest)
+    most = int(counts.max())
+    columns = -(-most // -(-most // longest))  # rows of a class as even as they get
     rows = []
     for label in classes:
         own = images[labels == label]

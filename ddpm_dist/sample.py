@@ -6,6 +6,9 @@
 
 (Write -n under torchrun: with Python 3.11 it takes a --num behind the module for its own --numa-binding and stops.)
 
+Guidance, steps, variance and thresholding are by default what the run uses for its previews (section sampling of its config), for a
+weights file guidance 3, every timestep, variance beta, no thresholding.
+
 Image i depends on the seed and i only (and its class): neither the number of processes nor the batch size changes it.
 """
 
@@ -27,7 +30,7 @@ from ddpm_dist.checkpoint import open_checkpoint, published
 from ddpm_dist.checkpoint.format import MANIFEST, Reader
 from ddpm_dist.config import Diffusion
 from ddpm_dist.diffusion import Schedule, sample, to_uint8
-from ddpm_dist.diffusion.samplers import SAMPLERS, VARIANCES
+from ddpm_dist.diffusion.samplers import SAMPLERS, THRESHOLDINGS, VARIANCES
 from ddpm_dist.errors import RunFailed, UserError, exit_codes, leave
 from ddpm_dist.models import build_model
 from ddpm_dist.models.weights import load_weights
@@ -46,7 +49,7 @@ class Source:
     shape: tuple[int, int, int]
     num_classes: int | None
     classes: list[str] | None
-    folder: Path | None  # the run directory, if it is one
+    sampling: dict[str, Any]  # how the run makes its previews, the defaults here
     title: str
 
 
@@ -56,11 +59,11 @@ def open_source(path: Path, ema: int | None) -> Source:
         network, diffusion = load_weights(path)
         shape = (network.in_channels, network.image_size, network.image_size)
         value_range = diffusion.get("range", [-1.0, 1.0])
-        return Source(network, _schedule(diffusion), value_range, shape, network.num_classes, None, None, path.name)
+        return Source(network, _schedule(diffusion), value_range, shape, network.num_classes, None, {}, path.name)
     if (path / MANIFEST).is_file():
-        reader, folder = open_checkpoint(path), None
+        reader = open_checkpoint(path)
     else:
-        reader, folder = _newest(path), path
+        reader = _newest(path)
     state = reader.state
     keywords = state["model"]["keywords"]
     network = build_model(state["model"]["name"], **keywords)
@@ -69,8 +72,8 @@ def open_source(path: Path, ema: int | None) -> Source:
     shape = (data["channels"], data["image_size"], data["image_size"])
     title = f"{path.name} step {reader.step}"
     return Source(
-        network, _schedule(state["config"]["diffusion"]), data["range"], shape, data["num_classes"], state["classes"], folder,
-        title,
+        network, _schedule(state["config"]["diffusion"]), data["range"], shape, data["num_classes"], state["classes"],
+        state["config"]["sampling"], title,
     )  # fmt: skip
 
 
@@ -120,8 +123,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--ema", default="0", help="which average of the weights, or none (default 0)")
     p.add_argument("--sampler", default="ddpm", choices=SAMPLERS)
-    p.add_argument("--steps", type=int, help="reverse steps (default: every timestep)")
-    p.add_argument("--variance", default="beta", choices=VARIANCES)
+    p.add_argument("--steps", type=int, help="reverse steps, up to all timesteps")
+    p.add_argument("--variance", choices=VARIANCES)
+    p.add_argument("--thresholding", choices=THRESHOLDINGS, help="clip: keep predicted images in range")
     p.add_argument("--batch", type=int, help="images per network call (default 64 on a CPU, 256 on a GPU)")
     p.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     p.add_argument("--out", type=Path, action="append", default=[], help="grid .png or arrays .npz; may be given twice")
@@ -178,7 +182,9 @@ def main(argv: list[str] | None = None) -> int:
             images = sample(
                 network, None if labels is None else labels[indices], indices=indices, shape=source.shape,
                 schedule=source.schedule, sampler=a.sampler, steps=a.steps, guidance=0.0 if labels is None else a.guidance,
-                variance=a.variance, seed=a.seed, device=runtime.device,
+                variance=a.variance,
+                thresholding=a.thresholding,
+                value_range=source.value_range, seed=a.seed, device=runtime.device,
                 on_step=lambda k, t, x, record=record: bar.step(k, x, record, source.value_range),
             )  # fmt: skip
         if not bool(torch.isfinite(images).all()):
@@ -213,6 +219,9 @@ def main(argv: list[str] | None = None) -> int:
 def _open(a: argparse.Namespace) -> tuple[Source, Tensor | None]:
     source = open_source(a.source, None if a.ema == "none" else int(a.ema))
     count = source.schedule.timesteps - source.schedule.t_min
+    for name, otherwise in (("guidance", 3.0), ("steps", None), ("variance", "beta"), ("thresholding", "none")):
+        if getattr(a, name) is None:
+            setattr(a, name, source.sampling.get(name, otherwise))
     if a.steps is not None and not 1 <= a.steps <= count:
         raise UserError(f"--steps {a.steps}: {source.title} was trained on {count} timesteps, choose 1..{count}")
     return source, choose_labels(a.classes, a.num, source)
@@ -222,7 +231,7 @@ def _check_arguments(a: argparse.Namespace) -> None:
     for name, value in (("--num", a.num), ("--batch", a.batch)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
-    if a.guidance < 0 or not np.isfinite(a.guidance):
+    if a.guidance is not None and not 0 <= a.guidance < float("inf"):
         raise UserError(f"--guidance {a.guidance}: must be a number of at least 0")
     if a.ema != "none" and not a.ema.isdigit():
         raise UserError(f"--ema {a.ema}: must be the number of an average, or none")
@@ -280,7 +289,9 @@ def _write_gif(path: Path, frames: list[np.ndarray], labels: np.ndarray) -> None
     from ddpm_dist.tracking.pictures import save_gif
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    arranged = [class_rows(frame, labels[: len(frame)]) for frame in frames]
+    shown = len(frames[0])
+    shown -= shown % len(np.unique(labels[:shown]))  # full columns
+    arranged = [class_rows(frame[:shown], labels[:shown]) for frame in frames]
     save_gif([frame for frame, _ in arranged], path, arranged[0][1])
 
 

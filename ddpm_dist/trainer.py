@@ -146,10 +146,9 @@ class Trainer:
                 if reaches(self.completed, self.plan.global_batch, config.checkpoint.every):
                     self._save()
                 reason = stop.poll()
-            if self.store.saved_step != self.completed or self.store.failure:
-                self.store.wait()
-                if self.store.saved_step != self.completed:
-                    self._save()
+            self.store.wait()
+            if self.store.saved_step != self.completed:
+                self._save()
             failure = self.store.wait()
         except BaseException:
             self._close("FAILED")
@@ -163,7 +162,7 @@ class Trainer:
                 f"the last checkpoint (step {self.completed}) could not be written to {self.store.root}: {failure}. Older "
                 "checkpoints are whole; make room (or lower checkpoint.keep_last) and run the same command again"
             )
-        if reason is not None:
+        if reason is not None and self.completed < self.total_steps:
             self._close("KILLED")
             self._say(f"stopped by {reason} after step {self.completed}; the same command continues the run")
             return self._leave(REQUEUE, reason)

@@ -23,8 +23,8 @@ step="$(newest_checkpoint "$run")"
 if [[ ! -f $run/score.json || ! -f $run/digits.png || ! -f $run/reverse.gif || "$(cat "$run/scored" 2>/dev/null)" != "$step" ]]; then
     echo
     echo "generating $count digits from $step"
-    torchrun "$processes" -m ddpm_dist.sample "$run" -n "$count" --guidance 2 --steps 100 --out "$run/digits.npz"
-    torchrun "$processes" -m ddpm_dist.sample "$run" -n 100 --guidance 2 --steps 100 --out "$run/digits.png" --gif "$run/reverse.gif"
+    torchrun "$processes" -m ddpm_dist.sample "$run" -n "$count" --out "$run/digits.npz"
+    torchrun "$processes" -m ddpm_dist.sample "$run" -n 100 --out "$run/digits.png" --gif "$run/reverse.gif"
     "$PYTHON" -m ddpm_dist.evaluate "$run/digits.npz" --shards "$shards" --json "$run/score.json" >"$run/score.txt"
     echo "$step" >"$run/scored"
 fi

@@ -154,3 +154,9 @@ def test_contradictions_between_model_and_data():
         load_config(None, ["model.num_classes=5", "data.num_classes=10"]).network_keywords()
     with pytest.raises(UserError, match="unet_conditional"):
         load_config(None, ["model.name=unet", "data.num_classes=10"]).network_keywords()
+
+
+def test_credentials_stay_out_of_records():
+    config = load_config(None, ["tracking.uri=https://me:secret@server/mlflow"])
+    assert config.tracking.uri == "https://me:secret@server/mlflow"
+    assert "secret" not in config.to_yaml() and "https://server/mlflow" in config.to_yaml()

@@ -109,7 +109,25 @@ def test_one_step_predicts_x0():
     assert torch.allclose(sample(network, count=1, schedule=schedule, steps=1).double(), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 11}, {"steps": 0}, {"sampler": "x"}, {"variance": "x"}, {"count": None}])
+def test_clipping_keeps_every_implied_image_in_range():
+    schedule, seen = Schedule(timesteps=30, beta_end=0.3), []
+
+    class Wild(Linear):
+        def forward(self, x, t, y):
+            seen.append((x.clone(), int(t[0])))
+            return 5 * x
+
+    out = sample(Wild(), count=2, schedule=schedule, thresholding="clip", value_range=(-0.5, 0.5))
+    assert out.abs().max() <= 0.5 + 1e-5  # the last step goes to the implied image
+    assert sample(Wild(), count=2, schedule=schedule).abs().max() > 1
+    mild = {"schedule": schedule, "count": 2}
+    a, b = sample(Linear(), **mild), sample(Linear(), thresholding="clip", value_range=(-99, 99), **mild)
+    assert torch.allclose(a, b, atol=1e-4)  # nothing to clip, nothing changes
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"thresholding": "x"}, {"steps": 11}, {"steps": 0}, {"sampler": "x"}, {"variance": "x"}, {"count": None}]
+)
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError):
         sample(Linear(), **{"count": 1, "schedule": Schedule(timesteps=10), **wrong})

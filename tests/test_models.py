@@ -215,11 +215,12 @@ def test_autocast_changes_the_output_only_by_rounding():
     assert (low.float() - high).abs().max() < 0.05 * high.abs().max()
 
 
-@pytest.mark.slow
-def test_compiles_without_graph_breaks_and_computes_the_same():
-    network = build_model("unet_conditional", num_classes=4, **TINY).to(memory_format=CHANNELS_LAST)
-    compiled = torch.compile(network, fullgraph=True, dynamic=False)
-    x, t, y = inputs()
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_graph_breaks_and_computes_the_same(backend):
+    keywords = {**TINY, "attention_levels": [1], "image_size": 8}
+    network = build_model("unet_conditional", num_classes=4, **keywords).to(memory_format=CHANNELS_LAST)
+    compiled = torch.compile(network, fullgraph=True, dynamic=False, backend=backend)
+    x, t, y = inputs(size=8)
     x = x.contiguous(memory_format=CHANNELS_LAST)
     gradients = []
     for net in (network, compiled):

@@ -44,7 +44,15 @@ def test_ranks_and_batches_do_not_change_the_images(run, tmp_path):
 def test_classes_guidance_average_and_checkpoint_matter(run, tmp_path):
     base, labels, _ = images(run, tmp_path, "--num", "6", "--classes", "6,3")
     assert labels.tolist() == [6, 3, 6, 3, 6, 3]
-    for change in (("--guidance", "1"), ("--guidance", "0"), ("--ema", "1"), ("--ema", "none"), ("--steps", "5")):
+    for change in (
+        ("--guidance", "1"),
+        ("--guidance", "0"),
+        ("--thresholding", "clip"),
+        ("--variance", "posterior"),
+        ("--ema", "1"),
+        ("--ema", "none"),
+        ("--steps", "5"),
+    ):
         changed, _, _ = images(run, tmp_path, "--num", "6", "--classes", "6,3", *change)
         assert not np.array_equal(base, changed), change
     older, _, _ = images(run / "checkpoints/step_00000010", tmp_path, "--num", "6", "--classes", "6,3")
@@ -77,6 +85,7 @@ def test_rows_of_a_grid_are_classes():
     assert grid[:, 0, 0, 0].reshape(10, 3)[4].tolist() == [4, 14, 24]
     assert grid[:, 0, 0, 0].reshape(10, 3)[9].tolist() == [9, 19, 255]
     assert class_rows(pictures, np.full(25, 6))[1] == 5
+    assert class_rows(np.zeros((60, 1, 1, 1), np.uint8), np.arange(60) % 2)[1] == 15  # two even rows each
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from ddpm_dist.diffusion.schedule import Schedule
 
 SAMPLERS = ("ddpm",)
 VARIANCES = ("beta", "posterior")
+THRESHOLDINGS = ("none", "clip")
 
 
 def timesteps(schedule: Schedule, steps: int | None) -> Tensor:
@@ -62,6 +63,8 @@ def sample(
     steps: int | None = None,
     guidance: float = 3.0,
     variance: str = "beta",
+    thresholding: str = "none",
+    value_range: tuple[float, float] | list[float] = (-1.0, 1.0),
     seed: int = 0,
     first: int = 0,
     indices: Tensor | None = None,
@@ -73,10 +76,14 @@ def sample(
     labels: (B,) int64 on any device, None = unlabelled (then ``count`` says how many). shape: (C, H, W), by default what
     the network says of itself (in_channels, image_size). Image i of the call has the index first + i, or ``indices[i]``;
     its noise is a function of (seed, index, timestep), so a set of images may be split over calls and ranks at will.
+    thresholding "clip" keeps the image that each prediction implies, x0 = (x - sqrt(1 - abar) eps) / sqrt(abar), inside
+    ``value_range`` (as the code of Ho et al. 2020 does): it stops contrast from running away under guidance or with few steps.
     on_step(k, t, x) is called after each of the steps. Raises ValueError for unknown names and impossible step counts.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: {', '.join(SAMPLERS)}")
+    if thresholding not in THRESHOLDINGS:
+        raise ValueError(f"unknown thresholding {thresholding!r}: {', '.join(THRESHOLDINGS)}")
     schedule = schedule or getattr(network, "schedule", None) or Schedule()
     device = torch.device(device) if device is not None else next(network.parameters()).device
     if shape is None:
@@ -92,12 +99,17 @@ def sample(
     visited = timesteps(schedule, steps)
     a, b, c = ddpm_coefficients(schedule, visited, variance).to(device)
     on_device = visited.to(device)
+    signal = schedule.table("sqrt_alphas_cumprod", device)[on_device]
+    spread = schedule.table("sqrt_one_minus_alphas_cumprod", device)[on_device]
     predict = guided(network, labels, guidance)
     # The starting noise has the step number T, which no timestep has.
     x = philox.normal(seed, philox.SAMPLE_NOISE, schedule.timesteps, indices, shape)
     for k, t in enumerate(visited.tolist()):
-        epsilon = predict(x, on_device[k].expand(len(indices)))
-        x = a[k] * x + b[k] * epsilon.float()
+        epsilon = predict(x, on_device[k].expand(len(indices))).float()
+        if thresholding == "clip":
+            x0 = ((x - spread[k] * epsilon) / signal[k]).clamp(*value_range)
+            epsilon = (x - signal[k] * x0) / spread[k]
+        x = a[k] * x + b[k] * epsilon
         if k < len(visited) - 1:
             x = x + c[k] * philox.normal(seed, philox.SAMPLE_NOISE, on_device[k], indices, shape)
         if on_step is not None:
