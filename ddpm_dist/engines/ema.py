@@ -46,10 +46,14 @@ class ShardedEMA:
             if images_seen <= self.warmup:
                 torch._foreach_copy_(average, self._sources)
                 continue
+            weight = 1.0 - 0.5 ** (global_batch / half_life)
+            if skipped.device.type == "cpu":  # looking at the flag costs nothing here
+                if not skipped:
+                    torch._foreach_lerp_(average, self._sources, weight)
+                continue
             # A tensor weight, so that a skipped step needs no look at the flag from the host.
-            weight = (1.0 - 0.5 ** (global_batch / half_life)) * (1.0 - skipped)
             change = torch._foreach_sub(self._sources, average)
-            torch._foreach_mul_(change, weight)
+            torch._foreach_mul_(change, weight * (1.0 - skipped))
             torch._foreach_add_(average, change)
 
     def gather(self, index: int) -> dict[str, Tensor]:
