@@ -34,8 +34,15 @@ def environment() -> dict[str, Any]:
         },
         "threads": torch.get_num_threads(),
         "commit": _commit(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """The command as one would type it in the checkout: no folders of this machine, not where the report goes."""
+    words = iter(sys.argv[1:])
+    kept = [word for word in words if not (word == "--json" and next(words, None))]
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *kept])
 
 
 def cpu_name() -> str:

@@ -142,7 +142,7 @@ def measure(args: argparse.Namespace, scratch: Path, runtime: Runtime) -> dict[s
     report = {
         "benchmark": "train_throughput",
         "environment": environment(),
-        "config": flatten(config.to_dict()),
+        "config": {key: value for key, value in flatten(config.to_dict()).items() if key != "run.dir"},
         "device": str(device),
         "world_size": runtime.world_size,
         "batch_per_rank": args.batch,

@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    code, reason, trainer = FAILED, "failed", None
+    code, reason, trainer, mine = FAILED, "failed", None, is_rank_0()
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
@@ -58,12 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except UserError as error:
         code, reason = BAD_USAGE, str(error)
+        mine = mine or getattr(error, "one_rank", False)
         raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
-        if is_rank_0():
+        if mine:
             write_exit(trainer, code, reason)
         if trainer is not None:
             trainer.close()
@@ -86,7 +87,8 @@ def build_model_keywords(config: Config) -> None:
 def write_exit(trainer: Trainer | None, code: int, reason: str) -> None:
     """exit.json in the run directory (if this process owns one) and where DDPM_DIST_EXIT_JSON says.
 
-    torchrun exits with 1 whatever its workers returned; the launch scripts read the code from here.
+    torchrun exits with 1 whatever its workers returned; the launch scripts read the code from here. A rank that alone met bad
+    input writes too, and rank 0, which then only sees a peer vanish, does not replace its words.
     """
     folders = [] if trainer is None else [trainer.folder / "exit.json"]
     wanted = os.environ.get("DDPM_DIST_EXIT_JSON")
@@ -94,6 +96,8 @@ def write_exit(trainer: Trainer | None, code: int, reason: str) -> None:
     for path in [*folders, *([Path(wanted)] if wanted else [])]:
         aside = path.with_name(path.name + ".incomplete")
         try:
+            if code == FAILED and path.is_file() and path.stat().st_size:
+                continue
             aside.write_text(json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
             os.replace(aside, path)
         except OSError as error:

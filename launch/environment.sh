@@ -3,7 +3,7 @@
 # An active virtual or conda environment is used as it is; otherwise .venv is made in the checkout.
 
 prepare_environment() {
-    local extra="${1:-}" root dali stamp wanted
+    local extra="${1:-}" root dali stamp sum wanted
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     if [[ -n "${VIRTUAL_ENV:-}" ]]; then
         PYTHON="$VIRTUAL_ENV/bin/python"
@@ -25,8 +25,10 @@ prepare_environment() {
     dali="$(dali_extra)"
     stamp="$(dirname "$("$PYTHON" -c 'import sys; print(sys.executable)')")/../.ddpm_dist_installed"
     # Installed again only when something that decides about the packages has changed.
-    wanted="$dali $extra $(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
-    if [[ ! -f "$stamp" ]] || ! grep -qxF "$wanted" "$stamp"; then
+    sum="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
+    wanted="$dali ${extra:-base} $sum"
+    # What the tests need includes everything else.
+    if ! grep -qxF -e "$wanted" -e "$dali test $sum" "$stamp" 2>/dev/null; then
         echo "installing ddpm_dist and what it needs (several GB at the first time) ..."
         # DeepSpeed compiles its operators when they are first used, and reads this when it is installed.
         local -a install=("$PYTHON" -m pip install --quiet -e "$root[$dali${extra:+,$extra}]")

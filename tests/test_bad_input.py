@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_module, train
 
@@ -84,6 +85,27 @@ def test_a_changed_image_stops_the_run_by_name(digit_shards, tmp_path):
 
     result = damaged(digit_shards, tmp_path, flip)
     refused(result, first_shard(digit_shards).name + ":")
+
+
+def test_a_changed_image_that_only_one_rank_meets_is_still_named_and_passed_on(digit_shards, tmp_path):
+    from ddpm_dist.data.order import SampleOrder
+    from ddpm_dist.data.shards import Index
+
+    folder = tmp_path / "shards"
+    shutil.copytree(digit_shards, folder)
+    index = Index.load(folder)
+    _, ids = SampleOrder(len(index), 0).locate(np.arange(24, 36))  # the third step
+    victim = int(ids[-1])  # a slot of rank 1
+    shard = folder / index.shards[int(index.shard_of(np.array(victim)))].name
+    data = bytearray(shard.read_bytes())
+    data[int(index.samples["offset"][victim]) + 20] ^= 1
+    shard.write_bytes(data)
+    said = tmp_path / "code.json"
+    result = train(tmp_path / "run", "train.images=600", shards=folder, ranks=2, DDPM_DIST_EXIT_JSON=str(said))
+    assert result.returncode != 0
+    assert f"error (rank 1): {shard.parent / shard.name}:{index.key_of(victim)}" in result.stderr
+    assert json.loads(said.read_text())["code"] == 2
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 2
 
 
 def test_labels_outside_the_classes(digit_shards, tmp_path):

@@ -211,6 +211,31 @@ def test_compile_and_channels_last_follow_eager(tmp_path):
     assert_same_run(*(lines(tmp_path / name / "audit.jsonl") for name in ("eager", "compiled")), tolerance=1e-4)
 
 
+def test_unlabelled_images_in_a_flat_folder(tmp_path):
+    """Pack, train with a preview, resume on two ranks, sample: all without a label anywhere."""
+    import numpy as np
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    for i in range(5):  # fewer images than slots in a batch
+        noise = np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / f"{i}.png")
+    packed = run_module("ddpm_dist.pack", "folder", "--root", tmp_path / "photos", "--out", tmp_path / "shards", "--size", "16")
+    ok(packed)
+    options = ("data.num_classes=null", "data.channels=3", "sampling.every=24", "sampling.num=4", *AUDIT)
+    ok(train(tmp_path / "run", "train.images=24", *options, shards=tmp_path / "shards"))
+    ok(train(tmp_path / "run", "train.images=48", *options, "optim.decay_images=24", shards=tmp_path / "shards", ranks=2))
+    audit = lines(tmp_path / "run/audit.jsonl")
+    ids = [slot["id"] for line in audit for slot in line["slots"]]
+    assert all(sorted(ids[i : i + 5]) == list(range(5)) for i in range(0, 45, 5))  # epochs straddle batches
+    assert {slot["label"] for line in audit for slot in line["slots"]} == {-1}
+    assert len(list((tmp_path / "run/samples").glob("*.png"))) == 2
+    ok(run_module("ddpm_dist.sample", tmp_path / "run", "--num", "3", "--out", tmp_path / "x.npz"))
+    assert (np.load(tmp_path / "x.npz")["labels"] == -1).all()
+    labelled = run_module("ddpm_dist.sample", tmp_path / "run", "--classes", "1")
+    assert labelled.returncode == 2 and "without labels" in labelled.stderr
+
+
 def test_gradients_are_clipped(tmp_path):
     ok(train(tmp_path / "free", "train.images=36", "train.audit=true", "train.audit_params_every=1"))
     ok(
