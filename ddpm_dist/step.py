@@ -29,13 +29,13 @@ class StepResult:
     skipped: Tensor
 
 
-def learning_rate(optim: Optim, images_seen: int, budget: int) -> float:
+def learning_rate(optim: Optim, images_seen: int, global_batch: int) -> float:
     """The rate of the step that starts at ``images_seen`` images: linear warm-up, then constant, linear or cosine decay to 0.
 
-    ``budget``: images at which a decay ends (optim.decay_images or train.images).
+    The warm-up is over with the step that brings the run to optim.warmup images, the decay at optim.decay_images.
     """
-    warm = min(1.0, (images_seen + 1) / optim.warmup) if optim.warmup else 1.0
-    done = min(1.0, max(0, images_seen - optim.warmup) / max(1, (optim.decay_images or budget) - optim.warmup))
+    warm = min(1.0, (images_seen + global_batch) / optim.warmup) if optim.warmup else 1.0
+    done = min(1.0, max(0, images_seen - optim.warmup) / max(1, optim.decay_images - optim.warmup))
     decay = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optim.schedule]
     return optim.lr * warm * decay
 
@@ -79,7 +79,7 @@ class TrainStep:
                 audit.add(batch, x0, noise, t, labels, losses)
         total = self.engine.all_reduce(total)
         seen = step * plan.global_batch
-        norm, skipped = self.engine.step(learning_rate(self.config.optim, seen, self.config.train.images), total)
+        norm, skipped = self.engine.step(learning_rate(self.config.optim, seen, plan.global_batch), total)
         self.ema.update(seen + plan.global_batch, plan.global_batch, skipped)
         return StepResult(total, norm, skipped)
 

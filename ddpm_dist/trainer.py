@@ -208,7 +208,7 @@ class Trainer:
             "images_seen": seen,
             "epoch": seen / epoch_size if epoch_size else None,
             "loss": loss_sum / steps if steps else None,
-            "lr": learning_rate(self.config.optim, seen - self.plan.global_batch, train.images),
+            "lr": learning_rate(self.config.optim, seen - self.plan.global_batch, self.plan.global_batch),
             "grad_norm": grad_norm,
             "skipped_steps": int(skipped),
             "images_per_sec": rate,
@@ -276,6 +276,12 @@ class Trainer:
                 f"{runtime.world_size} {runtime.device.type} rank(s); global batch {self.plan.global_batch} = "
                 f"{self.plan.micro_batch} per rank x {runtime.world_size} ranks x {self.plan.accumulation} accumulation"
             )
+            if config.optim.schedule != "constant" and budget > config.optim.decay_images + self.plan.global_batch:
+                self._say(
+                    f"note: optim.schedule={config.optim.schedule} ends at {config.optim.decay_images:,} images (fixed at the "
+                    f"first start); up to train.images={config.train.images:,} the learning rate stays 0. For a longer "
+                    "schedule start a new run under another run.name"
+                )
         self.audit = None
         if config.train.audit:
             self.audit = Audit(self.folder / "audit.jsonl", runtime, self.plan.global_batch)

@@ -48,7 +48,7 @@ MLflow            $(dirname "$PYTHON")/mlflow ui --backend-store-uri sqlite:///r
 
 next
   more of one digit     $PYTHON -m ddpm_dist.sample $run --classes 3 --num 64 --out threes.png
-  train longer          bash launch/quickstart.sh train.images=400_000
+  train longer          $PYTHON -m ddpm_dist.train --config digits run.name=digits_long train.images=400_000
   64x64 in colour       $PYTHON -m ddpm_dist.pack shapes --out shards/shapes64 --num 50000 --size 64
                         $(dirname "$PYTHON")/torchrun --nproc_per_node=8 -m ddpm_dist.train --config shapes64
   the flagship          configs/cifar64.yaml, see README.md

@@ -46,7 +46,12 @@ def test_an_installed_package_trains_and_samples_outside_the_checkout(wheel, tmp
     work.mkdir()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     assert subprocess.run(command, capture_output=True, env=environment()).returncode == 0
-    assert {path.name for path in (site / "bin").iterdir()} >= {"ddpm-train", "ddpm-sample", "ddpm-pack", "ddpm-convert"}
+    assert {path.name for path in (site / "bin").iterdir()} >= {
+        "ddpm-train",
+        "ddpm-sample",
+        "ddpm-pack",
+        "ddpm-convert",
+    }
 
     def run(command, *arguments):
         done = subprocess.run(
@@ -93,7 +98,13 @@ def test_launch_scripts_pass_on_the_code_that_torchrun_swallows(tmp_path):
 
     bad = code("--config", "digits", "optim.lrr=1")
     assert bad.returncode == 2 and "did you mean optim.lr?" in bad.stderr
-    small = ("data.source=synthetic", "model.width=8", "train.images=128", "tracking.mlflow=false", "sampling.every=null")
+    small = (
+        "data.source=synthetic",
+        "model.width=8",
+        "train.images=128",
+        "tracking.mlflow=false",
+        "sampling.every=null",
+    )
     good = code("--config", "digits", *small)
     assert good.returncode == 0, good.stderr
 
@@ -122,7 +133,14 @@ def test_the_quick_start(tmp_path):
     score = json.loads((copy / "runs/digits/score.json").read_text())
     assert score["generated"]["images"] >= 500, score
     assert score["generated"]["recognized"] >= 0.95
-    for word in ("images/sec", "final loss", "recognized as their class", "Fréchet distance", "mlflow ui", "digits.png"):
+    for word in (
+        "images/sec",
+        "final loss",
+        "recognized as their class",
+        "Fréchet distance",
+        "mlflow ui",
+        "digits.png",
+    ):
         assert word in first
     assert (copy / "runs/mlflow.db").exists()
     second = quickstart()

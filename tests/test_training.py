@@ -220,11 +220,17 @@ def test_unlabelled_images_in_a_flat_folder(tmp_path):
     for i in range(5):  # fewer images than slots in a batch
         noise = np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / "photos" / f"{i}.png")
-    packed = run_module("ddpm_dist.pack", "folder", "--root", tmp_path / "photos", "--out", tmp_path / "shards", "--size", "16")
+    packed = run_module(
+        "ddpm_dist.pack", "folder", "--root", tmp_path / "photos", "--out", tmp_path / "shards", "--size", "16"
+    )
     ok(packed)
     options = ("data.num_classes=null", "data.channels=3", "sampling.every=24", "sampling.num=4", *AUDIT)
     ok(train(tmp_path / "run", "train.images=24", *options, shards=tmp_path / "shards"))
-    ok(train(tmp_path / "run", "train.images=48", *options, "optim.decay_images=24", shards=tmp_path / "shards", ranks=2))
+    ok(
+        train(
+            tmp_path / "run", "train.images=48", *options, "optim.decay_images=24", shards=tmp_path / "shards", ranks=2
+        )
+    )
     audit = lines(tmp_path / "run/audit.jsonl")
     ids = [slot["id"] for line in audit for slot in line["slots"]]
     assert all(sorted(ids[i : i + 5]) == list(range(5)) for i in range(0, 45, 5))  # epochs straddle batches
@@ -234,6 +240,20 @@ def test_unlabelled_images_in_a_flat_folder(tmp_path):
     assert (np.load(tmp_path / "x.npz")["labels"] == -1).all()
     labelled = run_module("ddpm_dist.sample", tmp_path / "run", "--classes", "1")
     assert labelled.returncode == 2 and "without labels" in labelled.stderr
+
+
+def test_learning_rate_schedules():
+    from ddpm_dist.config import Optim
+    from ddpm_dist.step import learning_rate
+
+    def rates(**values):
+        optim = Optim(lr=1.0, decay_images=1000, **values)
+        return [round(learning_rate(optim, seen, 50), 4) for seen in (0, 50, 100, 500, 950, 1000, 5000)]
+
+    assert rates(schedule="constant") == [1, 1, 1, 1, 1, 1, 1]
+    assert rates(schedule="linear") == [1, 0.95, 0.9, 0.5, 0.05, 0, 0]
+    assert rates(schedule="cosine")[3:6] == [0.5, 0.0062, 0]
+    assert rates(schedule="linear", warmup=200)[:4] == [0.25, 0.5, 0.75, 0.625]
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -259,7 +279,7 @@ def test_a_larger_budget_continues_and_a_finished_run_says_so(tmp_path):
     again = ok(train(run, "train.images=36", "optim.schedule=cosine"))
     assert "done, 36 images" in again.stdout
     more = ok(train(run, "train.images=60", "optim.schedule=cosine"))
-    assert "continuing at step 3" in more.stdout
+    assert "continuing at step 3" in more.stdout and "the learning rate stays 0" in more.stdout
     assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["decay_images"] == 36  # fixed at the first start
     assert lines(run / "metrics.jsonl")[-1]["lr"] == 0.0
 
