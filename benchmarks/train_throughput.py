@@ -60,6 +60,7 @@ def settings(args: argparse.Namespace, scratch: Path, device: torch.device, worl
 def our_loop(config: Config, runtime: Runtime) -> tuple[Contender, Callable[[], None]]:
     """The trainer's own step on its own loader, and the function that ends it."""
     trainer = Trainer(config, runtime)
+    trainer.prepare()
     loader = trainer.open_loader()
 
     def step() -> None:

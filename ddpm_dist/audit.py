@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ddpm_dist.checkpoint.format import Piece
 from ddpm_dist.data.pipeline import MicroBatch
+from ddpm_dist.errors import UserError
 from ddpm_dist.runtime import Runtime
 
 
@@ -55,12 +57,21 @@ class Audit:
             tensors = [entry for _, part in gathered for entry in part]
             for field, prefixes in (("params", ("model/", "buffer/")), ("optim", ("optim.",)), ("ema", ("ema.",))):
                 line[field] = _digest_by_name([entry for entry in tensors if entry[0].startswith(prefixes)])
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            found = UserError(
+                f"{self._file.name} cannot be written: {error.strerror}; make room or set train.audit=false, then run the same "
+                "command again: it continues from the newest checkpoint"
+            )
+            found.one_rank = True
+            raise found from None
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take was reported when it happened
+                self._file.close()
 
 
 def _digests(images: Tensor) -> list[str]:

@@ -54,9 +54,26 @@ def read_state_dict(path: str | Path, key: str | None = None) -> dict[str, Tenso
             f"{path} is no state dict, or holds more than tensors, which is not read because it could run code "
             f"({reason[:200]}): save the network's state_dict() alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        UnicodeDecodeError,
+        NotImplementedError,
+    ) as error:
         raise UserError(f"{path} is damaged or no torch.save file: {str(error)[:200]}") from None
-    return _strip_prefixes(_open_wrapper(content, key, str(path)))
+    try:
+        tensors = _strip_prefixes(_open_wrapper(content, key, str(path)))
+    except RecursionError:
+        raise UserError(f"{path}: a dict that contains itself is no state dict") from None
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            kind = "without data" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+            raise UserError(f"{path}: {name} is no weight ({kind}): weights are dense floating point tensors")
+    return tensors
 
 
 def _open_wrapper(content: Any, key: str | None, path: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def load_generated(path: Path, number: int | None = None) -> tuple[np.ndarray, n
         raise UserError(
             f"{path}: no such file; python -m ddpm_dist.sample RUN --num 500 --out {path} makes it"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path}: not an npz file with the arrays 'images' and 'labels' ({error}); "
             "make one with python -m ddpm_dist.sample RUN --num 500 --out X.npz"

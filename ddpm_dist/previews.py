@@ -13,6 +13,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.diffusion import Schedule, sample, to_uint8
 from ddpm_dist.runtime import Runtime
 from ddpm_dist.tracking.pictures import save_grid
+from ddpm_dist.tracking.progress import warn
 
 
 def preview(
@@ -60,7 +61,10 @@ def preview(
     for indices, part in gathered:
         whole[indices] = part
     grid, columns = class_rows(whole, np.arange(num) % classes if classes else np.full(num, -1))
-    save_grid(grid, path, columns)
+    try:
+        save_grid(grid, path, columns)
+    except OSError as error:  # a picture is never worth the run
+        warn(f"the preview {path} could not be written: {error.strerror or error}")
 
 
 def class_rows(images: np.ndarray, labels: np.ndarray, longest: int = 20) -> tuple[np.ndarray, int]:

@@ -124,42 +124,42 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-class StopRequest:
-    """Stop signals set a flag; the ranks agree on it at step boundaries without waiting for each other's device.
+_received = 0  # the stop signal that arrived last
 
-    The agreement of step k is started with :meth:`begin` and read one step later, so that it costs no waiting.
+
+def catch_stop_signals() -> None:
+    """From now on SIGTERM, SIGINT and SIGUSR1 only set a flag (main thread only). Call it early: start-up takes a while."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _on_signal)
+
+
+def _on_signal(number: int, frame: Any) -> None:
+    global _received
+    _received = number
+
+
+class StopRequest:
+    """The ranks agree at step boundaries whether any of them was asked to stop, without waiting for each other's device.
+
+    The agreement of one step is read at the next, so that it costs no waiting.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._group = runtime.control
         self._flag = torch.zeros(1, dtype=torch.int64)
         self._pending: dist.Work | None = None
-        self._signal = 0
-        self._previous: dict[int, Any] = {}
-
-    def install(self) -> None:
-        """Catch SIGTERM, SIGINT and SIGUSR1 from now on (main thread only)."""
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._on_signal)
-
-    def restore(self) -> None:
-        """Give the signals back to whoever had them before."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._signal = number
 
     def poll(self) -> str | None:
         """Call once per step on every rank: the name of the stop signal that some rank had received by the last call."""
-        agreed = 0
-        if self._pending is not None:
-            self._pending.wait()
-            agreed = int(self._flag)
-        self._flag.fill_(self._signal)
+        agreed = self.finish()
+        self._flag.fill_(_received)
         self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return signal.Signals(agreed).name if agreed else None
+
+    def finish(self) -> int:
+        """Wait for the agreement that is under way; 0 or the number of the signal."""
+        if self._pending is None:
+            return 0
+        self._pending.wait()
+        self._pending = None
+        return int(self._flag)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ddpm_dist.checkpoint import open_checkpoint, published
-from ddpm_dist.checkpoint.format import MANIFEST, Reader
-from ddpm_dist.config import Diffusion
+from ddpm_dist.checkpoint.format import MANIFEST, Damaged, Reader
+from ddpm_dist.config import Data, Diffusion
 from ddpm_dist.diffusion import Schedule, sample, to_uint8
 from ddpm_dist.diffusion.samplers import SAMPLERS, THRESHOLDINGS, VARIANCES
 from ddpm_dist.errors import RunFailed, UserError, exit_codes, leave
@@ -37,6 +39,7 @@ from ddpm_dist.models.weights import load_weights
 from ddpm_dist.previews import class_rows
 
 GIF_FRAMES = 48
+MAX_IMAGES = 10_000_000
 
 
 @dataclass
@@ -61,9 +64,26 @@ def open_source(path: Path, ema: int | None) -> Source:
         value_range = diffusion.get("range", [-1.0, 1.0])
         return Source(network, _schedule(diffusion), value_range, shape, network.num_classes, None, {}, path.name)
     if (path / MANIFEST).is_file():
-        reader = open_checkpoint(path)
-    else:
+        return _from_checkpoint(open_checkpoint(path), path, ema)
+    for attempt in range(10):
         reader = _newest(path)
+        try:
+            return _from_checkpoint(reader, path, ema)
+        except UserError:
+            # A run that trains may remove an old checkpoint while it is read: then there is a newer one.
+            if reader.folder.exists() or attempt == 9:
+                raise
+    raise AssertionError("not reached")
+
+
+def _from_checkpoint(reader: Reader, path: Path, ema: int | None) -> Source:
+    try:
+        return _build(reader, path, ema)
+    except (Damaged, OSError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {reader.folder} cannot be used: {type(error).__name__}: {error}") from None
+
+
+def _build(reader: Reader, path: Path, ema: int | None) -> Source:
     state = reader.state
     keywords = state["model"]["keywords"]
     network = build_model(state["model"]["name"], **keywords)
@@ -78,9 +98,17 @@ def open_source(path: Path, ema: int | None) -> Source:
 
 
 def _schedule(values: dict[str, Any]) -> Schedule:
-    keys = ("timesteps", "t_min", "schedule", "beta_start", "beta_end")
-    known = {**Diffusion().model_dump(), **values}
-    return Schedule(**{key: known[key] for key in keys})
+    """The schedule that a file describes. UserError for a description that is none, or of another kind of prediction."""
+    try:
+        d = Diffusion.model_validate({key: value for key, value in values.items() if key in Diffusion.model_fields})
+        Data(range=values.get("range", [-1.0, 1.0]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"the diffusion process this file describes cannot be sampled: {'.'.join(map(str, first['loc']))}: {first['msg']} "
+            f"(got {first['input']!r:.60}); convert or export it again"
+        ) from None
+    return Schedule(d.timesteps, d.t_min, d.schedule, d.beta_start, d.beta_end)
 
 
 def _newest(path: Path) -> Reader:
@@ -91,7 +119,9 @@ def _newest(path: Path) -> Reader:
     for _, folder in published(path / "checkpoints"):
         try:
             return open_checkpoint(folder)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if not folder.exists():
+                continue
             problems.append(str(error))
             print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
     if problems:
@@ -118,7 +148,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--classes", help="numbers or names, separated by commas; they cycle (default: all)")
     p.add_argument("-n", "--num", "--num-images", type=int, default=64, help="images in total (default 64)")
     p.add_argument(
-        "--guidance", type=float, default=3.0, help="0 unconditional, 1 conditional, more is stronger (default 3)"
+        "--guidance", type=float, help="0 unconditional, 1 conditional, more is stronger (default: the run's, else 3)"
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--ema", default="0", help="which average of the weights, or none (default 0)")
@@ -147,14 +177,18 @@ def choose_labels(classes: str | None, num: int, source: Source) -> Tensor | Non
     chosen = []
     for word in classes.split(",") if classes else [str(i) for i in range(source.num_classes)]:
         word = word.strip()
-        if word in names and not word.isdigit():
+        if word in names:  # a name goes before a number: classes may be called 0, 1, 10, 2
             chosen.append(names.index(word))
-        elif word.isdigit() and int(word) < source.num_classes:
+        elif _is_number(word) and int(word) < source.num_classes:
             chosen.append(int(word))
         else:
             listed = ", ".join(f"{i}" if n == str(i) else f"{i} ({n})" for i, n in enumerate(names[:40]))
             raise UserError(f"--classes: unknown class {word!r}; {source.title} knows {listed}")
-    return torch.tensor([chosen[i % len(chosen)] for i in range(num)], dtype=torch.int64)
+    return torch.tensor(chosen)[torch.arange(num) % len(chosen)]
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) < 10
 
 
 @exit_codes
@@ -166,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     runtime = runtimes.start()
     runtimes.use_fast_matmuls(runtime.device)
     source, labels = runtime.together(lambda: _open(a))
+    runtime.together(lambda: _check_targets(a))
     network = source.network.to(runtime.device).eval()
     batch = a.batch or (64 if runtime.device.type == "cpu" else 256)
 
@@ -231,9 +266,11 @@ def _check_arguments(a: argparse.Namespace) -> None:
     for name, value in (("--num", a.num), ("--batch", a.batch)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
+        if value is not None and value > MAX_IMAGES:
+            raise UserError(f"{name} {value}: more than {MAX_IMAGES:,} in one call; use several with different seeds")
     if a.guidance is not None and not 0 <= a.guidance < float("inf"):
         raise UserError(f"--guidance {a.guidance}: must be a number of at least 0")
-    if a.ema != "none" and not a.ema.isdigit():
+    if a.ema != "none" and not _is_number(a.ema):
         raise UserError(f"--ema {a.ema}: must be the number of an average, or none")
     for path in a.out:
         if path.suffix not in (".png", ".npz"):
@@ -244,6 +281,24 @@ def _check_arguments(a: argparse.Namespace) -> None:
         raise UserError(f"--gif {a.gif}: must end in .gif")
     if not (a.out or a.out_dir or a.gif):
         a.out = [Path("samples.png")]
+
+
+def _check_targets(a: argparse.Namespace) -> None:
+    """Find out before the work whether its results can be written. UserError naming the target."""
+    for path in [*a.out, *([a.gif] if a.gif else [])]:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name a file, or use --out-dir for one PNG per image")
+    for folder in {path.parent for path in [*a.out, *([a.gif] if a.gif else [])]} | (
+        {a.out_dir} if a.out_dir else set()
+    ):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"cannot write into {folder}: {error.strerror}; choose another place for the images"
+            ) from None
 
 
 class _Bar:

@@ -50,8 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         from ddpm_dist import runtime as runtimes
         from ddpm_dist.trainer import Trainer
 
+        runtimes.catch_stop_signals()  # from here on a stop request waits for a step boundary
         runtime = runtimes.start()
-        trainer = Trainer(config, runtime, fresh=arguments.fresh)
+        trainer = Trainer(config, runtime)
+        trainer.prepare(fresh=arguments.fresh)
         code = trainer.run()
         reason = trainer.reason
         runtimes.finish()
@@ -90,7 +92,8 @@ def write_exit(trainer: Trainer | None, code: int, reason: str) -> None:
     torchrun exits with 1 whatever its workers returned; the launch scripts read the code from here. A rank that alone met bad
     input writes too, and rank 0, which then only sees a peer vanish, does not replace its words.
     """
-    folders = [] if trainer is None else [trainer.folder / "exit.json"]
+    owned = trainer is not None and (trainer.lock is not None or not trainer.runtime.is_main)
+    folders = [trainer.folder / "exit.json"] if owned else []
     wanted = os.environ.get("DDPM_DIST_EXIT_JSON")
     step = trainer.completed if trainer is not None else None
     for path in [*folders, *([Path(wanted)] if wanted else [])]:

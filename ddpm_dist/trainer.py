@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from ddpm_dist import config as configuration
 from ddpm_dist.audit import Audit
 from ddpm_dist.checkpoint import CheckpointStore, Reader, RunLock, reaches
+from ddpm_dist.checkpoint.format import Damaged
 from ddpm_dist.config import Config
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches, synthetic_batches
@@ -33,11 +35,16 @@ PACK_HINT = (
 
 
 class Trainer:
-    """A run in a run directory. Construct it, call :meth:`run`; the exit code says whether to start it again."""
+    """A run in a run directory: :meth:`prepare`, then :meth:`run`, whose exit code says whether to start it again."""
 
-    def __init__(self, config: Config, runtime: Runtime, fresh: bool = False) -> None:
-        """Everything that can be wrong is found here, before anything is written. Raises UserError."""
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime, self.folder = config, runtime, config.run.folder
+        self.lock: RunLock | None = None
+        self.reason, self.completed = "", 0
+
+    def prepare(self, fresh: bool = False) -> None:
+        """Everything that can be wrong is found here, before anything is written or trained. Raises UserError."""
+        config, runtime = self.config, self.runtime
         self.plan = plan_batches(config.train.global_batch, config.train.micro_batch, runtime.world_size)
         self.index = runtime.together(self._open_data)
         use_fast_matmuls(runtime.device)
@@ -47,8 +54,6 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         network = build_model(config.model.name, **config.network_keywords())
 
-        self.folder = config.run.folder
-        self.lock, self.reason, self.completed = None, "", 0
         runtime.together(lambda: self._own_folder(fresh))
 
         self.store = CheckpointStore(
@@ -63,13 +68,13 @@ class Trainer:
         if self.index is not None:
             self.decoder = resolve_decoder(state.get("decoder") or config.data.decoder, runtime.device)
         if reader is not None:
-            self._check_same_run(reader, state)
+            runtime.together(lambda: self._check_same_run(reader, state))
 
         self.step_fn = TrainStep(config, runtime, self.plan, network)
         # On the device: sum of finite losses and steps since the last log line, skipped steps in all and in a row.
         self.sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
         if reader is not None:
-            self._load(reader, state)
+            runtime.together(lambda: self._load(reader, state))
         elif config.train.init_from:
             runtime.together(lambda: initialise_from(config.train.init_from, self.step_fn.network))
             self.step_fn.ema.reset()
@@ -84,21 +89,30 @@ class Trainer:
     def _own_folder(self, fresh: bool) -> None:
         if not self.runtime.is_main:
             return
-        self.lock = RunLock(self.folder)
+        lock = RunLock(self.folder)
         found = sorted(path.name for path in self.folder.iterdir() if path.name != "lock")
         if fresh and found:
-            self.close()
+            lock.release()
             raise UserError(
                 f"--fresh: run directory {self.folder} is not empty ({', '.join(found[:5])}): choose another run.name, or "
                 "leave --fresh out to continue that run"
             )
+        self.lock = lock
+        (self.folder / "exit.json").unlink(missing_ok=True)  # it speaks of the exit before this start
 
     def _fix_what_the_start_decides(self, state: dict[str, Any]) -> None:
         optim = self.config.optim
         if optim.decay_images is None:
-            optim.decay_images = state["config"]["optim"]["decay_images"] if state else self.config.train.images
+            optim.decay_images = (
+                state.get("config", {}).get("optim", {}).get("decay_images") or self.config.train.images
+            )
 
     def _check_same_run(self, reader: Reader, state: dict[str, Any]) -> None:
+        missing = [key for key in ("config", "data_fingerprint", "scaler", "sums") if key not in state]
+        if missing or not isinstance(state["config"], dict):
+            raise UserError(
+                f"{reader.folder}/state.json lacks {', '.join(missing) or 'a configuration'}: not written by this program"
+            )
         lines = configuration.differences(state["config"], self.config.to_dict())
         if lines:
             raise UserError(
@@ -115,8 +129,11 @@ class Trainer:
             )
 
     def _load(self, reader: Reader, state: dict[str, Any]) -> None:
-        self.step_fn.engine.load(reader, state["scaler"])
-        self.step_fn.ema.load(reader)
+        try:
+            self.step_fn.engine.load(reader, state["scaler"])
+            self.step_fn.ema.load(reader)
+        except (Damaged, KeyError, RuntimeError) as error:  # whole, but not written by this program
+            raise UserError(f"checkpoint {reader.folder} does not fit its own configuration: {error}") from None
         self.completed = reader.step
         self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))  # the same on every rank
         self.store.saved_step = reader.step
@@ -133,7 +150,6 @@ class Trainer:
         self._open_records()
         loader = self.open_loader()
         stop = StopRequest(runtime)
-        stop.install()
         reason, failure = None, None
         try:
             while self.completed < self.total_steps and reason is None:
@@ -155,7 +171,8 @@ class Trainer:
             raise
         finally:
             loader.close()
-            stop.restore()
+            with contextlib.suppress(RuntimeError):  # of a peer that is gone
+                stop.finish()
         if failure is not None:
             self._close("FAILED")
             raise UserError(
@@ -291,7 +308,6 @@ class Trainer:
             return
         config = self.config
         try:
-            (self.folder / "exit.json").unlink(missing_ok=True)
             aside = self.folder / "config.yaml.incomplete"
             aside.write_text(config.to_yaml())
             aside.replace(self.folder / "config.yaml")

@@ -234,6 +234,49 @@ def test_a_damaged_newest_is_set_aside_and_the_one_before_used(tmp_path, alone, 
     assert save(store, 3) is None  # the number is free again
 
 
+def test_a_copy_under_a_higher_number_is_no_checkpoint_of_that_step(tmp_path, alone):
+    store = CheckpointStore(tmp_path, alone, keep_last=1, keep_every=None, global_batch=1)
+    save(store, 5, value=5)
+    shutil.copytree(tmp_path / "step_00000005", tmp_path / "step_00000099")
+    assert save(store, 6) is None
+    assert (tmp_path / "step_00000006").exists(), "retention took the checkpoint that was just saved"
+    assert store.newest().step == 6
+    assert (tmp_path / "step_00000099.corrupt").exists()
+
+
+def test_links_and_stray_files_do_not_stop_a_run(tmp_path, alone):
+    root = tmp_path / "checkpoints"
+    store = CheckpointStore(root, alone, keep_last=1, keep_every=None, global_batch=1)
+    save(store, 1)
+    shutil.move(root / "step_00000001", tmp_path / "bigger_disk")
+    (root / "step_00000001").symlink_to(tmp_path / "bigger_disk")
+    (root / "step_00000007.incomplete").write_text("stray")
+    assert store.newest().step == 1
+    assert save(store, 2) is None
+    assert [path.name for path in root.iterdir() if path.name.startswith("step_00000001")] == []
+    assert (tmp_path / "bigger_disk/manifest.json").exists(), "what a link points to is not ours to remove"
+    store.tidy()
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000002"]
+
+
+def test_a_piece_outside_the_checkpoint_is_refused(tmp_path, good):
+    from ddpm_dist.checkpoint.format import _seal
+
+    folder = tmp_path / good.name
+    shutil.copytree(good, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for change in (
+        lambda m: next(iter(m["tensors"].values()))["pieces"][0].__setitem__(0, "../outside.safetensors"),
+        lambda m: m.pop("files"),
+        lambda m: m.__setitem__("step", "x"),
+        lambda m: m.__setitem__("tensors", [1]),
+    ):
+        body = json.loads(json.dumps(manifest["manifest"]))
+        change(body)
+        (folder / "manifest.json").write_text(json.dumps({"manifest": body, "sha256": _seal(body)}))
+        assert "manifest.json" in refusal(folder)
+
+
 def test_when_none_is_intact_the_run_does_not_start_over(tmp_path, alone):
     store = CheckpointStore(tmp_path, alone, 5, None, 1)
     save(store, 1)

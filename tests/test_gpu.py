@@ -84,6 +84,7 @@ def test_no_step_waits_for_the_device(tmp_path):
                "train.precision=bf16", "tracking.mlflow=false"],
     )  # fmt: skip
     trainer = Trainer(config, runtimes.start())
+    trainer.prepare()
     loader = trainer.open_loader()
     for step in range(3):
         trainer._account(trainer.step_fn(step, loader))

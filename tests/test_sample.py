@@ -55,6 +55,10 @@ def test_classes_guidance_average_and_checkpoint_matter(run, tmp_path):
     ):
         changed, _, _ = images(run, tmp_path, "--num", "6", "--classes", "6,3", *change)
         assert not np.array_equal(base, changed), change
+    own, _, _ = images(
+        run, tmp_path, "--num", "6", "--classes", "6,3", "--guidance", "2"
+    )  # sampling.guidance of the run
+    assert np.array_equal(base, own)
     older, _, _ = images(run / "checkpoints/step_00000010", tmp_path, "--num", "6", "--classes", "6,3")
     assert not np.array_equal(base, older)
     unguided, _, _ = images(run, tmp_path, "--num", "6", "--classes", "6,3", "--guidance", "0")
@@ -108,6 +112,37 @@ def test_bad_arguments(run, tmp_path, arguments, words):
     for word in words:
         assert word in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_targets_are_checked_before_the_work(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.png").mkdir()
+    for arguments in (("--out", "folder.png"), ("--out", "file/x.png"), ("--out-dir", "file"), ("--gif", "file/x.gif")):
+        result = run_module("ddpm_dist.sample", run, "--num", "2", arguments[0], tmp_path / arguments[1])
+        assert result.returncode == 2 and "file" in result.stderr + "folder" and "Traceback" not in result.stderr
+        assert "images/sec" not in result.stdout
+
+
+def test_names_of_classes_go_before_numbers():
+    from types import SimpleNamespace
+
+    from ddpm_dist.sample import choose_labels
+
+    source = SimpleNamespace(num_classes=4, classes=["0", "1", "10", "2"], title="run")
+    assert choose_labels("2,10,3", 3, source).tolist() == [3, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"timesteps": 0}, {"timesteps": "a"}, {"t_min": 2000}, {"schedule": "warp"}, {"range": [1]}, {"beta_start": -1.0},
+     {"prediction": "v"}],
+)  # fmt: skip
+def test_a_weights_file_with_a_hostile_description_is_refused(tmp_path, wrong):
+    from ddpm_dist.errors import UserError
+    from ddpm_dist.sample import _schedule
+
+    with pytest.raises(UserError, match="cannot be sampled"):
+        _schedule({"timesteps": 10, **wrong})
 
 
 def test_sources_that_are_none(tmp_path):

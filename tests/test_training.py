@@ -145,6 +145,29 @@ def test_a_stop_signal_to_one_worker_saves_once_and_asks_for_a_requeue(tmp_path,
     assert f"continuing at step {said['step']:,}" in again.stdout
 
 
+def test_a_stop_signal_during_start_up_is_kept_for_the_first_steps(tmp_path):
+    run = tmp_path / "run"
+    process = start_training(run, "data.source=synthetic", "train.images=1_000_000")
+    deadline = time.monotonic() + 60
+    while not (run / "lock").exists():  # the data is being opened, the network built: no step yet
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert json.loads((run / "exit.json").read_text())["step"] <= 3
+    assert len(list((run / "checkpoints").iterdir())) == 1
+
+
+def test_a_preview_that_cannot_be_written_costs_nothing_but_the_picture(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "samples").write_text("a file where the folder should be")
+    result = ok(train(run, "train.images=48", "sampling.every=24", "sampling.num=4", ranks=2))
+    assert "the preview" in result.stderr and "could not be written" in result.stderr
+    assert lines(run / "metrics.jsonl")[-1]["step"] == 4
+
+
 def workers_of(pid: int) -> list[int]:
     return [int(word) for word in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
@@ -305,10 +328,15 @@ def test_another_configuration_is_refused_and_shown(tmp_path, finished, change, 
     result = train(finished, "train.images=360", *change)
     assert result.returncode == 2 and shown in result.stderr, result.stderr
     assert snapshot(finished) == before
+    assert json.loads((finished / "exit.json").read_text())["code"] == 2
 
 
 def snapshot(folder) -> dict:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name not in ("lock", "exit.json")
+    }
 
 
 @pytest.fixture(scope="module")

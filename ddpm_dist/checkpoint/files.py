@@ -55,8 +55,12 @@ def rename(source: Path, target: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
+    """A folder with its content; of a link or a file only itself."""
     _announce("remove_tree", path)
-    shutil.rmtree(path)
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def sha256(path: Path) -> str:

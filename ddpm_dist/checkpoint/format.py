@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from torch import Tensor
 from ddpm_dist.checkpoint import files
 from ddpm_dist.errors import UserError
 
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
 FORMAT, VERSION = "ddpm_dist.checkpoint", 1
 MANIFEST, STATE = "manifest.json", "state.json"
 MAX_JSON_BYTES = 256 * 2**20
@@ -146,6 +148,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: format version {body.get('version')}, this ddpm_dist knows version {VERSION}; use a newer ddpm_dist"
         )
+    try:
+        _check_contents(folder, body)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(f"{path}: not a manifest of this format ({type(error).__name__}: {error})") from None
+    return body
+
+
+def _check_contents(folder: Path, body: dict[str, Any]) -> None:
+    named = STEP_FOLDER.fullmatch(folder.name)
+    if named and int(named[1]) != int(body["step"]):
+        raise Damaged(f"{folder / MANIFEST}: belongs to step {body['step']}, the folder is named {folder.name}")
     there = {entry.name for entry in folder.iterdir()}
     for name in sorted(set(body["files"]) - there):
         raise Damaged(f"{folder / name}: missing")
@@ -158,11 +171,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if size != facts["bytes"]:
             raise Damaged(f"{folder / name}: {size} bytes, should be {facts['bytes']}")
     for name, entry in body["tensors"].items():
-        try:
-            _check_cover(name, entry)
-        except ValueError as error:
-            raise Damaged(f"{path}: {error}") from None
-    return body
+        _check_cover(name, entry)
+        for file, _, _, _ in entry["pieces"]:
+            if file not in body["files"]:
+                raise Damaged(f"{folder / MANIFEST}: {name} lies in {file}, which is not a file of this checkpoint")
 
 
 def check_files(folder: Path, manifest: dict[str, Any], share: int = 0, shares: int = 1) -> None:
@@ -179,18 +191,24 @@ class Reader:
         self.folder, self.step = folder, int(manifest["step"])
         self._tensors = manifest["tensors"]
         self._open: dict[str, Any] = {}
-        self.state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
+        try:
+            self.state: dict[str, Any] = dict(json.loads((folder / STATE).read_bytes()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise Damaged(f"{folder / STATE}: {error}") from None
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of the tensors that begin with ``prefix``."""
         return [name for name in self._tensors if name.startswith(prefix)]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._tensors:
+            raise Damaged(f"{self.folder / MANIFEST}: no tensor {name}")
         return tuple(self._tensors[name]["shape"])
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor, on the CPU. KeyError for a tensor that is not there."""
+        """Elements [start, stop) of the flattened tensor, on the CPU. Raises Damaged for a tensor that is not there."""
         parts = []
+        self.shape(name)
         for file, key, first, last in self._tensors[name]["pieces"]:
             low, high = max(start, first), min(stop, last)
             if low < high:

@@ -22,6 +22,7 @@ from ddpm_dist.checkpoint import files
 from ddpm_dist.checkpoint.format import (
     MANIFEST,
     STATE,
+    STEP_FOLDER,
     Damaged,
     Piece,
     Reader,
@@ -33,7 +34,6 @@ from ddpm_dist.checkpoint.format import (
 from ddpm_dist.errors import UserError
 from ddpm_dist.runtime import Runtime
 
-_PUBLISHED = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(incomplete|removed)")
 
 
@@ -45,7 +45,7 @@ def published(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the published checkpoints, newest first: by number, never by clock."""
     if not root.is_dir():
         return []
-    found = [(int(m[1]), path) for path in root.iterdir() if (m := _PUBLISHED.fullmatch(path.name)) and path.is_dir()]
+    found = [(int(m[1]), path) for path in root.iterdir() if (m := STEP_FOLDER.fullmatch(path.name)) and path.is_dir()]
     return sorted(found, reverse=True)
 
 
@@ -132,7 +132,7 @@ class CheckpointStore:
                 self._discard(folder)
         dist.broadcast_object_list(box, src=0, group=self._group)
         if box[0] is None and outcomes is not None:
-            self._prune()
+            self._prune(step)
         return box[0]
 
     def _publish(self, step: int, folder: Path, state: dict[str, Any], written: list[tuple]) -> None:
@@ -163,10 +163,10 @@ class CheckpointStore:
                 file=sys.stderr, flush=True,
             )  # fmt: skip
 
-    def _prune(self) -> None:
-        """Remove what retention does not keep: never the newest ``keep_last``, nor those that reach a multiple of keep_every."""
+    def _prune(self, saved: int) -> None:
+        """Remove what retention does not keep: never the one just saved, the newest ``keep_last``, or multiples of keep_every."""
         for position, (step, path) in enumerate(published(self.root)):
-            if position < self._keep_last or self._keep(step):
+            if position < self._keep_last or step == saved or self._keep(step):
                 continue
             try:
                 # Renamed first: a folder that is half removed must not look like a checkpoint.
@@ -180,11 +180,21 @@ class CheckpointStore:
 
     def tidy(self) -> None:
         """Remove what an interrupted save or removal left behind (call while owning the run directory)."""
-        if self._runtime.is_main and self.root.is_dir():
-            for path in self.root.iterdir():
-                if _LEFTOVER.fullmatch(path.name):
-                    files.remove_tree(path)
-        self._runtime.barrier()
+        self._runtime.together(self._tidy)
+
+    def _tidy(self) -> None:
+        if not self._runtime.is_main:
+            return
+        try:
+            files.make_folder(self.root)
+            leftovers = [path for path in self.root.iterdir() if _LEFTOVER.fullmatch(path.name)]
+        except OSError as error:
+            raise UserError(f"{self.root} cannot be used for checkpoints: {error.strerror}; set run.dir") from None
+        for path in leftovers:
+            try:
+                files.remove_tree(path)
+            except OSError as error:
+                print(f"warning: could not remove {path}: {error.strerror}", file=sys.stderr, flush=True)
 
     def newest(self) -> Reader | None:
         """The newest intact checkpoint, or None when the run has none.
@@ -229,7 +239,9 @@ class CheckpointStore:
 
         def check() -> str | None:
             try:
-                check_files(folder, read_manifest(folder), self._runtime.rank, self._runtime.world_size)
+                manifest = read_manifest(folder)
+                check_files(folder, manifest, self._runtime.rank, self._runtime.world_size)
+                Reader(folder, manifest)
             except Damaged as reason:
                 return str(reason)
             except OSError as reason:

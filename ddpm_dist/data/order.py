@@ -7,6 +7,7 @@ an epoch whatever G, N and the number of ranks are.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -100,7 +101,8 @@ def plan_batches(global_batch: int, micro_batch: int | None, world_size: int) ->
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]
 
 
 def _listed(numbers: list[int]) -> str:

@@ -23,7 +23,7 @@ def to_line(record: dict) -> bytes:
     """
     try:
         text = json.dumps(record, allow_nan=False, default=_plain)
-    except ValueError:
+    except (ValueError, RecursionError):
         text = json.dumps(_finite(record), allow_nan=False, default=_plain)
     return text.encode() + b"\n"
 
@@ -69,7 +69,7 @@ def _parse(line: bytes) -> dict | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError:  # covers UnicodeDecodeError too
+    except (ValueError, RecursionError):  # the first covers UnicodeDecodeError too
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None
