@@ -185,7 +185,7 @@ class Sampling(Section):
     num: int = Field(64, ge=1)
     sampler: Literal["ddpm"] = "ddpm"
     steps: int | None = Field(None, ge=1)  # null: every timestep
-    guidance: float = Field(3.0, ge=0)
+    guidance: float = Field(3.0, ge=0)  # without labels it has no meaning and is not used
     variance: Literal["beta", "posterior"] = "beta"
     thresholding: Literal["none", "clip"] = "none"  # clip: keep the predicted image in data.range at every step
 
@@ -216,8 +216,6 @@ class Config(Section):
                 f"sampling.steps {self.sampling.steps} is more than the {self.diffusion.timesteps - self.diffusion.t_min}"
                 " timesteps the run trains (diffusion.timesteps - diffusion.t_min); lower sampling.steps or leave it out"
             )
-        if self.data.num_classes is None and self.sampling.guidance not in (0.0, 1.0, Sampling().guidance):
-            raise ValueError("sampling.guidance needs labels: set data.num_classes or leave sampling.guidance out")
         return self
 
     def network_keywords(self) -> dict[str, Any]:

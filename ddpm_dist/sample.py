@@ -254,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
 def _open(a: argparse.Namespace) -> tuple[Source, Tensor | None]:
     source = open_source(a.source, None if a.ema == "none" else int(a.ema))
     count = source.schedule.timesteps - source.schedule.t_min
+    if source.num_classes is None and a.guidance not in (None, 0.0, 1.0):
+        raise UserError(f"--guidance {a.guidance}: {source.title} was trained without labels; leave --guidance out")
     for name, otherwise in (("guidance", 3.0), ("steps", None), ("variance", "beta"), ("thresholding", "none")):
         if getattr(a, name) is None:
             setattr(a, name, source.sampling.get(name, otherwise))

@@ -263,6 +263,8 @@ def test_unlabelled_images_in_a_flat_folder(tmp_path):
     assert (np.load(tmp_path / "x.npz")["labels"] == -1).all()
     labelled = run_module("ddpm_dist.sample", tmp_path / "run", "--classes", "1")
     assert labelled.returncode == 2 and "without labels" in labelled.stderr
+    guided = run_module("ddpm_dist.sample", tmp_path / "run", "--guidance", "3")
+    assert guided.returncode == 2 and "without labels" in guided.stderr
 
 
 def test_learning_rate_schedules():
