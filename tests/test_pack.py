@@ -351,7 +351,14 @@ def wait_until(condition, seconds=60):
 def start_endless(out):
     command = [sys.executable, "-m", "ddpm_dist.pack", "shapes", "--num", "1000000", "--size", "16"]
     command += ["--samples-per-shard", "50", "--workers", "2", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that starts something in the background lets it ignore SIGINT, and children inherit that.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     aside = Path(f"{out}.incomplete")
     wait_until(lambda: (aside / "shapes-000003.tar").exists() or process.poll() is not None)
     assert process.poll() is None, process.stderr.read()
@@ -406,7 +413,7 @@ def test_two_packs_into_the_same_folder_do_not_mix(tmp_path):
             pack("shapes", tmp_path / "out", num=10, size=8, workers=1)
         assert (aside / "shapes-000000.tar").exists() and process.poll() is None
     finally:
-        process.send_signal(signal.SIGINT)
+        process.kill()
         process.communicate(timeout=60)
 
 
