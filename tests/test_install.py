@@ -131,8 +131,9 @@ def test_the_quick_start(tmp_path):
 
     first = quickstart()
     score = json.loads((copy / "runs/digits/score.json").read_text())
-    assert score["generated"]["images"] >= 500, score
-    assert score["generated"]["recognized"] >= 0.95
+    assert score["generated_images"] >= 500 and score["distinct"] == 1, score
+    assert score["recognized"] >= 0.95 and score["held_out_accuracy"] >= 0.97, score
+    assert score["frechet"] < 4 * score["frechet_real"] and score["diversity"] > 0.8, score
     for word in (
         "images/sec",
         "final loss",
