@@ -10,6 +10,7 @@ The same command continues a run that was interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -40,13 +41,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     code, reason, trainer, mine = FAILED, "failed", None, is_rank_0()
+    forget_last_exit()
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
             build_model_keywords(config)
             if is_rank_0():
                 print(config.to_yaml(), end="")
-            return OK
+            code, reason = OK, "configuration printed"
+            return code
         from ddpm_dist import runtime as runtimes
         from ddpm_dist.trainer import Trainer
 
@@ -74,6 +77,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def forget_last_exit() -> None:
+    """Empty the file of DDPM_DIST_EXIT_JSON: what an earlier start left there must not be taken for this one's code."""
+    wanted = os.environ.get("DDPM_DIST_EXIT_JSON")
+    if wanted and is_rank_0() and Path(wanted).is_file():
+        with contextlib.suppress(OSError):
+            os.truncate(wanted, 0)
 
 
 def build_model_keywords(config: Config) -> None:

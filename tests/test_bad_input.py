@@ -50,6 +50,18 @@ def test_ranks_that_do_not_fit_the_batch_are_said_once_and_the_code_is_passed_on
     assert json.loads(said.read_text())["code"] == 2
 
 
+def test_the_code_of_an_earlier_start_is_not_passed_on(tmp_path):
+    said = tmp_path / "code.json"
+    said.write_text('{"code": 0, "reason": "done", "step": 5}')
+    poison = ("train.max_skipped_steps=1", "optim.lr=1e30", "train.images=240")  # ends with code 1
+    result = train(tmp_path / "run", *poison, DDPM_DIST_EXIT_JSON=str(said))
+    assert result.returncode == 1 and "was not finite" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+    assert json.loads(said.read_text())["code"] == 1
+    assert train(tmp_path / "run", options=("--print-config",), DDPM_DIST_EXIT_JSON=str(said)).returncode == 0
+    assert json.loads(said.read_text())["code"] == 0
+
+
 def damaged(digit_shards, tmp_path, change):
     folder = tmp_path / "shards"
     shutil.copytree(digit_shards, folder)
