@@ -133,6 +133,8 @@ class Train(Section):
     channels_last: bool = False
     grad_clip: float | None = Field(None, gt=0)  # largest gradient norm
     label_dropout: float = Field(0.1, ge=0, le=1)
+    # How gradients are summed; tree: in one order for every world size, so that parameters are equal to the bit (slow, DDP only).
+    reduction: Literal["all_reduce", "tree"] = "all_reduce"
     log_every: int = Field(50, ge=1)  # in steps
     max_skipped_steps: int = Field(50, ge=1)  # non-finite steps in a row that stop the run
     audit: bool = False
@@ -160,18 +162,70 @@ class Optim(Section):
 
 class Ema(Section):
     half_lives: list[float] = [500_000.0]  # in images
-    warmup: int = Field(0, ge=0)  # images during which the average is a copy of the weights
+    warmup: int = Field(0, ge=0)  # images during which an average with a half-life is a copy of the weights
+    # Power function averages, by their relative width; from two of them any other can be made after the run. They are numbered
+    # behind those of half_lives, which may then be [].
+    sigma_rels: list[float] = []
+    snapshot_every: int | None = Field(None, ge=1)  # images between two snapshots of the averages; null: none
 
     @field_validator("half_lives")
     @classmethod
     def _half_lives(cls, value: list[float]) -> list[float]:
-        if not value or any(half_life <= 0 for half_life in value):
-            raise ValueError("must name at least one positive number of images")
+        if any(half_life <= 0 for half_life in value):
+            raise ValueError("must be positive numbers of images")
         return value
+
+    @field_validator("sigma_rels")
+    @classmethod
+    def _sigma_rels(cls, value: list[float]) -> list[float]:
+        if any(not 0.001 <= sigma_rel <= 0.2886 for sigma_rel in value):
+            raise ValueError("must be widths in 0.001 .. 0.2886 (typical: [0.05, 0.10])")
+        return value
+
+    @model_validator(mode="after")
+    def _some(self) -> Ema:
+        if not self.half_lives and not self.sigma_rels:
+            raise ValueError("half_lives and sigma_rels are both empty: name at least one average")
+        return self
 
 
 class Engine(Section):
-    name: Literal["ddp"] = "ddp"
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    zero_stage: Literal[0, 1, 2, 3] | None = None  # of DeepSpeed; null: 1
+    offload_optimizer: bool = False  # optimizer state and fp32 weights in host memory (DeepSpeed, stages 1 to 3)
+    param_dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: weights in bf16 with fp32 masters (DeepSpeed, stages 1 to 3)
+    deepspeed: dict[str, Any] = {}  # merged into the generated DeepSpeed configuration
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage in force."""
+        return 1 if self.zero_stage is None else self.zero_stage
+
+    @model_validator(mode="after")
+    def _fits(self) -> Engine:
+        if self.name == "ddp":
+            given = {"zero_stage": self.zero_stage is not None, "offload_optimizer": self.offload_optimizer,
+                     "param_dtype": self.param_dtype != "fp32", "deepspeed": bool(self.deepspeed)}  # fmt: skip
+            for key in (key for key, is_set in given.items() if is_set):
+                default = {
+                    "zero_stage": "null",
+                    "offload_optimizer": "false",
+                    "param_dtype": "fp32",
+                    "deepspeed": "{}",
+                }[key]
+                raise ValueError(
+                    f"engine.{key} is DeepSpeed's: set engine.name=deepspeed, or engine.{key}={default} for DDP"
+                )
+        elif self.stage == 0:
+            for key, is_set in (
+                ("offload_optimizer", self.offload_optimizer),
+                ("param_dtype", self.param_dtype == "bf16"),
+            ):
+                if is_set:
+                    raise ValueError(
+                        f"engine.{key} needs engine.zero_stage 1, 2 or 3: in stage 0 nothing is partitioned"
+                    )
+        return self
 
 
 class Checkpoint(Section):
@@ -211,6 +265,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _across(self) -> Config:
+        if self.train.reduction == "tree":
+            if self.engine.name != "ddp":
+                raise ValueError(
+                    "train.reduction=tree works with engine.name=ddp only: DeepSpeed sums gradients itself"
+                )
+            if self.train.micro_batch is None:
+                raise ValueError(
+                    "train.reduction=tree needs train.micro_batch: a micro-batch is a leaf of the tree, the same for every world "
+                    "size that the run may have (at most global_batch / ranks)"
+                )
+        if self.engine.param_dtype == "bf16" and self.train.precision != "bf16":
+            raise ValueError(f"engine.param_dtype=bf16 needs train.precision=bf16 (it is {self.train.precision})")
         if self.sampling.steps is not None and self.sampling.steps > self.diffusion.timesteps - self.diffusion.t_min:
             raise ValueError(
                 f"sampling.steps {self.sampling.steps} is more than the {self.diffusion.timesteps - self.diffusion.t_min}"
@@ -411,8 +477,10 @@ def _valid_keys(path: tuple) -> list[str]:
 CHANGEABLE = (
     "run.name", "run.dir", "data.shards", "data.decoder", "data.cache", "data.cache_dir", "train.images", "train.micro_batch",
     "train.log_every", "train.audit", "train.audit_params_every", "train.max_skipped_steps", "engine", "checkpoint", "sampling",
-    "tracking",
+    "tracking", "ema.snapshot_every",
 )  # fmt: skip
+# Keys that checkpoints of an earlier version do not have, with what they meant then.
+ADDED_LATER = {"ema.sigma_rels": [], "train.reduction": "all_reduce"}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -423,9 +491,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     flat_old, flat_new = flatten(old), flatten(new)
     lines = []
     for key in sorted(flat_old.keys() | flat_new.keys()):
-        if any(key == name or key.startswith(name + ".") for name in CHANGEABLE):
+        if key == "train.micro_batch" and flat_new.get("train.reduction") == "tree":
+            pass  # a leaf of the tree
+        elif any(key == name or key.startswith(name + ".") for name in CHANGEABLE):
             continue
-        before, after = flat_old.get(key, "(not set)"), flat_new.get(key, "(not set)")
+        before, after = flat_old.get(key, ADDED_LATER.get(key, "(not set)")), flat_new.get(key, "(not set)")
         if before != after:
             lines.append(f"{key}: {before} in the checkpoint, {after} now")
     return lines

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from ddpm_dist.config import Config
 from ddpm_dist.diffusion import Schedule, sample, to_uint8
+from ddpm_dist.models import build_model
 from ddpm_dist.runtime import Runtime
 from ddpm_dist.tracking.pictures import save_grid
 from ddpm_dist.tracking.progress import warn
@@ -19,21 +18,18 @@ from ddpm_dist.tracking.progress import warn
 def preview(
     config: Config,
     runtime: Runtime,
-    network: nn.Module,
     weights: dict[str, torch.Tensor],
     schedule: Schedule,
     path: Path,
 ) -> None:
-    """Save a grid of ``sampling.num`` images made with ``weights``; collective, rank 0 writes the file.
+    """Save a grid of ``sampling.num`` images made with ``weights`` (a state dict); collective, rank 0 writes the file.
 
     One row for each class. The images depend on the run's seed only, so that successive previews show the same digits
     getting better.
     """
-    twin = copy.deepcopy(network).eval()
-    own = dict(twin.named_parameters())
-    with torch.no_grad():
-        for name, value in weights.items():
-            own[name].copy_(value)
+    # A network of its own: the one in training may be wrapped, compiled or spread over the ranks.
+    twin = build_model(config.model.name, **config.network_keywords()).to(runtime.device).eval()
+    twin.load_state_dict(weights)
     num, classes = config.sampling.num, config.data.num_classes
     mine = torch.arange(runtime.rank, num, runtime.world_size)
     images = np.zeros((0, config.data.channels, config.data.image_size, config.data.image_size), dtype=np.uint8)

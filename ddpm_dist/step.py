@@ -16,7 +16,7 @@ from ddpm_dist.data.order import BatchPlan
 from ddpm_dist.data.pipeline import Loader, normalise
 from ddpm_dist.diffusion import objective
 from ddpm_dist.diffusion.schedule import Schedule
-from ddpm_dist.engines import DDPEngine, ShardedEMA
+from ddpm_dist.engines import ShardedEMA, make_engine
 from ddpm_dist.runtime import Runtime
 
 
@@ -48,11 +48,8 @@ class TrainStep:
         d = config.diffusion
         self.schedule = Schedule(d.timesteps, d.t_min, d.schedule, d.beta_start, d.beta_end)
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        self.network = network.to(device=runtime.device, memory_format=self.memory_format)
-        self.engine = DDPEngine(self.network, runtime, config.train, config.optim, plan.accumulation)
-        self.ema = ShardedEMA(
-            self.engine.parameters, config.ema.half_lives, config.ema.warmup, runtime.rank, runtime.world_size
-        )
+        self.engine = make_engine(config, network, runtime, plan)
+        self.ema = ShardedEMA(self.engine.shares(), config.ema, runtime)
         self._prepare = self._noisy
         if config.train.compile and runtime.device.type == "cuda":
             # On the CPU the eager operations stay: there a compiled loop may round its tail differently.

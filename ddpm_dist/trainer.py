@@ -17,6 +17,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches, synthetic_batches
 from ddpm_dist.data.shards import Index
+from ddpm_dist.engines import check_engine
 from ddpm_dist.errors import OK, REQUEUE, RunFailed, UserError
 from ddpm_dist.flops import peak_flops, training_flops
 from ddpm_dist.models import build_model
@@ -46,6 +47,7 @@ class Trainer:
         """Everything that can be wrong is found here, before anything is written or trained. Raises UserError."""
         config, runtime = self.config, self.runtime
         self.plan = plan_batches(config.train.global_batch, config.train.micro_batch, runtime.world_size)
+        runtime.together(lambda: check_engine(config, self.plan, runtime))
         self.index = runtime.together(self._open_data)
         use_fast_matmuls(runtime.device)
         torch.backends.cudnn.benchmark = not config.train.audit
@@ -70,14 +72,13 @@ class Trainer:
         if reader is not None:
             runtime.together(lambda: self._check_same_run(reader, state))
 
+        if reader is None and config.train.init_from:
+            runtime.together(lambda: initialise_from(config.train.init_from, network))
         self.step_fn = TrainStep(config, runtime, self.plan, network)
         # On the device: sum of finite losses and steps since the last log line, skipped steps in all and in a row.
         self.sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
         if reader is not None:
             runtime.together(lambda: self._load(reader, state))
-        elif config.train.init_from:
-            runtime.together(lambda: initialise_from(config.train.init_from, self.step_fn.network))
-            self.step_fn.ema.reset()
         self.mlflow_run_id = state.get("mlflow_run_id")
         self.total_steps = -(-config.train.images // config.train.global_batch)
 
@@ -252,7 +253,8 @@ class Trainer:
         start = time.monotonic()
         path = self.folder / "samples" / f"step_{self.completed:08d}.png"
         step = self.step_fn
-        preview(self.config, self.runtime, step.network, step.ema.gather(0), step.schedule, path)
+        weights = {**step.ema.gather(0), **step.engine.buffers}
+        preview(self.config, self.runtime, weights, step.schedule, path)
         if self.tracker is not None:
             self.tracker.picture(path, self.completed)
         self._paused += time.monotonic() - start
@@ -289,7 +291,7 @@ class Trainer:
             self.progress = Progress(budget, self.completed * self.plan.global_batch, enabled=True)
             start = f"continuing at step {self.completed:,}" if self.completed else "starting"
             self._say(
-                f"{config.run.name}: {start} with {sum(p.numel() for p in self.step_fn.network.parameters()):,} parameters on "
+                f"{config.run.name}: {start} with {sum(shape.numel() for shape in self.step_fn.engine.shapes.values()):,} parameters on "
                 f"{runtime.world_size} {runtime.device.type} rank(s); global batch {self.plan.global_batch} = "
                 f"{self.plan.micro_batch} per rank x {runtime.world_size} ranks x {self.plan.accumulation} accumulation"
             )

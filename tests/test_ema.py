@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import lines, train
 
+from ddpm_dist.config import Ema
 from ddpm_dist.engines.ema import ShardedEMA
+from ddpm_dist.engines.partition import replicated_shares
 
 SHAPES = {"conv": (6, 3, 3, 3), "bias": (6,), "scalar": (), "table": (10, 4)}
 
@@ -14,6 +16,11 @@ def parameters(seed):
     values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     values["conv"] = values["conv"].contiguous(memory_format=torch.channels_last)
     return values
+
+
+def sharded(live, ema, world):
+    """The averages of all ranks of a job, without the job."""
+    return [ShardedEMA(replicated_shares(live, rank, world), ema, None) for rank in range(world)]
 
 
 def whole(shards, index):
@@ -32,7 +39,7 @@ def whole(shards, index):
 def test_equals_a_full_float64_average(world):
     half_lives, warmup, batch = [50.0, 700.0], 30, 10
     live = parameters(0)
-    shards = [ShardedEMA(live, half_lives, warmup, rank, world) for rank in range(world)]
+    shards = sharded(live, Ema(half_lives=half_lives, warmup=warmup), world)
     reference = [{name: value.double() for name, value in live.items()} for _ in half_lives]
     for step in range(1, 40):
         new = parameters(step)
@@ -54,7 +61,7 @@ def test_equals_a_full_float64_average(world):
 
 def test_every_element_is_stored_once_in_the_job():
     live = parameters(0)
-    shards = [ShardedEMA(live, [5.0], 0, rank, 3) for rank in range(3)]
+    shards = sharded(live, Ema(half_lives=[5.0]), 3)
     counts = [sum(piece.data.numel() for piece in shard.pieces()) for shard in shards]
     total = sum(value.numel() for value in live.values())
     assert sum(counts) == total and max(counts) <= total / 3 + 27  # balanced up to a row

@@ -1,6 +1,32 @@
 """Engines: how gradients, optimizer state and averages are spread over the ranks."""
 
-from ddpm_dist.engines.ddp import DDPEngine
-from ddpm_dist.engines.ema import ShardedEMA
+from __future__ import annotations
 
-__all__ = ["DDPEngine", "ShardedEMA"]
+from torch import nn
+
+from ddpm_dist.config import Config
+from ddpm_dist.data.order import BatchPlan
+from ddpm_dist.engines.base import Engine
+from ddpm_dist.engines.ema import ShardedEMA
+from ddpm_dist.runtime import Runtime
+
+__all__ = ["Engine", "ShardedEMA", "check_engine", "make_engine"]
+
+
+def check_engine(config: Config, plan: BatchPlan, runtime: Runtime) -> None:
+    """Find out before anything is built whether the engine can be had. Raises UserError with the remedy."""
+    if config.engine.name == "deepspeed":
+        from ddpm_dist.engines.deepspeed_config import check
+
+        check(config, plan, runtime)
+
+
+def make_engine(config: Config, network: nn.Module, runtime: Runtime, plan: BatchPlan) -> Engine:
+    """The engine of ``config.engine`` around a network on the runtime's device."""
+    if config.engine.name == "deepspeed":
+        from ddpm_dist.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(network, runtime, config, plan)
+    from ddpm_dist.engines.ddp import DDPEngine
+
+    return DDPEngine(network, runtime, config.train, config.optim, plan)

@@ -9,26 +9,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ddpm_dist.checkpoint.format import Piece, Reader
-from ddpm_dist.engines.partition import partition
+from ddpm_dist.config import Ema
+from ddpm_dist.engines.power_function import gamma_of, keep_of
+from ddpm_dist.runtime import Runtime
 
 
 class ShardedEMA:
-    """fp32 averages updated from the local weights without communication; only :meth:`gather` communicates.
+    """fp32 averages of this rank's share of the weights, updated without communication; only :meth:`gather` communicates.
 
-    half_lives: images after which a weight's contribution has halved, so that the average does not depend on the batch
-    size; one step of G images keeps 0.5^(G / half_life). (A factor of 0.995 per step is a half-life of 138.3 G images.)
-    warmup: images during which the average is a copy of the weights.
+    shares: this rank's part of the fp32 parameters as live views (``Engine.shares``).
+    ema.half_lives: images after which a weight's contribution has halved, so that the average does not depend on the batch
+    size; one step of G images keeps 0.5^(G / half_life). (A factor of 0.995 per step is a half-life of 138.3 G images.) During the
+    first ``ema.warmup`` images such an average is a copy of the weights.
+    ema.sigma_rels: widths of power function averages, relative to the length of the run so far (see ``power_function``); they are
+    numbered behind the others.
+    The position in all of these is ``images_seen``, so nothing but the averages has to be saved.
     """
 
-    def __init__(
-        self, parameters: dict[str, Tensor], half_lives: list[float], warmup: int, rank: int, world_size: int
-    ) -> None:
-        self.half_lives, self.warmup = half_lives, warmup
-        self._parameters = parameters
-        self._shares = partition({name: tensor.shape for name, tensor in parameters.items()}, world_size)
-        self._mine = self._shares[rank]
-        self._sources = [rows.of(parameters[rows.name].detach()) for rows in self._mine]
-        self.averages = [[source.to(torch.float32, copy=True) for source in self._sources] for _ in half_lives]
+    def __init__(self, shares: list[Piece], ema: Ema, runtime: Runtime) -> None:
+        self._half_lives, self._warmup = ema.half_lives, ema.warmup
+        self._gammas = [gamma_of(sigma_rel) for sigma_rel in ema.sigma_rels]
+        self._shares, self._runtime = shares, runtime
+        self._sources = [share.data for share in shares]
+        self.averages = [[source.to(torch.float32, copy=True) for source in self._sources] for _ in range(len(self))]
+        self._layout: list[list[tuple[str, tuple[int, ...], int, int]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._half_lives) + len(self._gammas)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -37,59 +44,65 @@ class ShardedEMA:
             if average:
                 torch._foreach_copy_(average, self._sources)
 
+    def _keep(self, index: int, images_seen: int, global_batch: int) -> float:
+        """What the average keeps of itself in the step that brings the run to ``images_seen``."""
+        if index >= len(self._half_lives):
+            return keep_of(self._gammas[index - len(self._half_lives)], images_seen, global_batch)
+        return 0.0 if images_seen <= self._warmup else 0.5 ** (global_batch / self._half_lives[index])
+
     @torch.no_grad()
     def update(self, images_seen: int, global_batch: int, skipped: Tensor) -> None:
         """After a step that brought the run to ``images_seen``. skipped: 0-dim float tensor, 1 leaves the averages alone."""
         if not self._sources:
             return
-        for half_life, average in zip(self.half_lives, self.averages, strict=True):
-            if images_seen <= self.warmup:
+        for index, average in enumerate(self.averages):
+            keep = self._keep(index, images_seen, global_batch)
+            if keep == 0.0:  # a copy; also of the weights that a skipped step left as they were
                 torch._foreach_copy_(average, self._sources)
-                continue
-            weight = 1.0 - 0.5 ** (global_batch / half_life)
-            if skipped.device.type == "cpu":  # looking at the flag costs nothing here
+            elif average[0].device.type == "cpu":  # looking at the flag costs nothing here
                 if not skipped:
-                    torch._foreach_lerp_(average, self._sources, weight)
-                continue
-            # A tensor weight, so that a skipped step needs no look at the flag from the host.
-            change = torch._foreach_sub(self._sources, average)
-            torch._foreach_mul_(change, weight * (1.0 - skipped))
-            torch._foreach_add_(average, change)
+                    torch._foreach_lerp_(average, self._sources, 1.0 - keep)
+            else:
+                # A tensor weight, so that a skipped step needs no look at the flag from the host.
+                change = torch._foreach_sub(self._sources, average)
+                torch._foreach_mul_(change, (1.0 - keep) * (1.0 - skipped))
+                torch._foreach_add_(average, change)
 
     def gather(self, index: int) -> dict[str, Tensor]:
-        """The whole average ``index`` by parameter name, on every rank (collective; for previews and export)."""
-        device = next(iter(self._parameters.values())).device
-        mine = [average.contiguous().flatten() for average in self.averages[index]]
-        flat = torch.cat(mine) if mine else torch.empty(0, device=device)
-        sizes = [sum(rows.of(self._parameters[rows.name]).numel() for rows in share) for share in self._shares]
-        parts = [torch.zeros(max(sizes), device=device) for _ in sizes]
+        """The whole average ``index`` by parameter name, on every rank (collective; for previews)."""
+        device = self._runtime.device
+        if self._layout is None:
+            mine = [(share.tensor, share.shape, share.start, share.data.numel()) for share in self._shares]
+            self._layout = [[] for _ in range(self._runtime.world_size)]
+            dist.all_gather_object(self._layout, mine, group=self._runtime.control)
+        sizes = [sum(count for *_, count in shares) for shares in self._layout]
         padded = torch.zeros(max(sizes), device=device)
-        padded[: flat.numel()] = flat
+        position = 0
+        for average in self.averages[index]:
+            padded[position : position + average.numel()] = average.contiguous().flatten()
+            position += average.numel()
+        parts = [torch.zeros(max(sizes), device=device) for _ in sizes]
         dist.all_gather(parts, padded)
-        whole = {
-            name: torch.empty(tensor.shape, dtype=torch.float32, device=device)
-            for name, tensor in self._parameters.items()
-        }
-        for share, part in zip(self._shares, parts, strict=True):
+        whole: dict[str, Tensor] = {}
+        for shares, part in zip(self._layout, parts, strict=True):
             position = 0
-            for rows in share:
-                target = rows.of(whole[rows.name])
-                target.copy_(part[position : position + target.numel()].view(target.shape))
-                position += target.numel()
+            for name, shape, start, count in shares:
+                if name not in whole:
+                    whole[name] = torch.empty(shape, device=device)
+                whole[name].view(-1)[start : start + count] = part[position : position + count]
+                position += count
         return whole
 
     def pieces(self) -> Iterator[Piece]:
         """This rank's share of every average, for a checkpoint."""
         for index, average in enumerate(self.averages):
-            for rows, tensor in zip(self._mine, average, strict=True):
-                shape = self._parameters[rows.name].shape
-                start, _ = rows.flat_range(shape)
-                yield Piece(f"ema.{index}/{rows.name}", tuple(shape), start, tensor)
+            for share, tensor in zip(self._shares, average, strict=True):
+                yield Piece(f"ema.{index}/{share.tensor}", share.shape, share.start, tensor)
 
     @torch.no_grad()
     def load(self, reader: Reader) -> None:
-        """Take this rank's share from a checkpoint of any world size."""
+        """Take this rank's share from a checkpoint of any engine and world size."""
         for index, average in enumerate(self.averages):
-            for rows, tensor in zip(self._mine, average, strict=True):
-                start, stop = rows.flat_range(self._parameters[rows.name].shape)
-                tensor.copy_(reader.read(f"ema.{index}/{rows.name}", start, stop).view(tensor.shape))
+            for share, tensor in zip(self._shares, average, strict=True):
+                stop = share.start + tensor.numel()
+                tensor.copy_(reader.read(f"ema.{index}/{share.tensor}", share.start, stop).view(tensor.shape))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_dist.checkpoint.format import Piece
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -48,3 +50,21 @@ def partition(shapes: dict[str, torch.Size], world_size: int) -> list[list[Rows]
             position += (last - first) * size
             first = last
     return shares
+
+
+def replicated_shares(parameters: dict[str, Tensor], rank: int, world_size: int) -> list[Piece]:
+    """Rank ``rank``'s share of tensors that every rank holds whole, as live views."""
+    shares = partition({name: tensor.shape for name, tensor in parameters.items()}, world_size)[rank]
+    return [
+        Piece(rows.name, tuple(shape), rows.flat_range(shape)[0], rows.of(parameters[rows.name].detach()))
+        for rows in shares
+        for shape in [parameters[rows.name].shape]
+    ]
+
+
+def same_rows(share: Piece, tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` (of the share's whole shape) that lies where the share lies, as a view."""
+    if not share.shape:
+        return tensor
+    row = max(1, tensor[:1].numel())
+    return tensor[share.start // row : share.start // row + share.data.shape[0]]
