@@ -11,15 +11,16 @@ __version__ = "0.1.0"
 
 
 def load(path: str) -> nn.Module:
-    """The network of a weights file (``weights.safetensors``), in eval mode, ready for ``ddpm_dist.diffusion.sample``.
+    """The network of a weights file (``model.safetensors``), in eval mode, ready for ``ddpm_dist.diffusion.sample``.
 
-    It carries its noise schedule as ``network.schedule`` and its pixel range as ``network.value_range``. Raises UserError for a
-    file that is not one of ours or is damaged.
+    It carries its noise schedule as ``network.schedule``, its pixel range as ``network.value_range`` and the names of its labels as
+    ``network.classes`` (None where the file has none). Raises UserError for a file that is not one of ours or is damaged.
     """
-    from ddpm_dist.models.weights import load_weights
+    from ddpm_dist.models.weights import load_described
     from ddpm_dist.sample import _schedule
 
-    network, diffusion = load_weights(path)
-    network.schedule = _schedule(diffusion)
-    network.value_range = diffusion.get("range", [-1.0, 1.0])
+    network, says = load_described(path)
+    network.schedule = _schedule(says.diffusion)
+    network.value_range = says.diffusion.get("range", [-1.0, 1.0])
+    network.classes = says.classes
     return network.eval()

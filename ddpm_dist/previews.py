@@ -11,6 +11,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.diffusion import Schedule, sample, to_uint8
 from ddpm_dist.models import build_model
 from ddpm_dist.runtime import Runtime
+from ddpm_dist.tracking.metrics import Workplace
 from ddpm_dist.tracking.pictures import save_grid
 from ddpm_dist.tracking.progress import warn
 
@@ -21,6 +22,7 @@ def preview(
     weights: dict[str, torch.Tensor],
     schedule: Schedule,
     path: Path,
+    workplace: Workplace | None = None,
 ) -> None:
     """Save a grid of ``sampling.num`` images made with ``weights`` (a state dict); collective, rank 0 writes the file.
 
@@ -58,7 +60,7 @@ def preview(
         whole[indices] = part
     grid, columns = class_rows(whole, np.arange(num) % classes if classes else np.full(num, -1))
     try:
-        save_grid(grid, path, columns)
+        save_grid(grid, path, columns, workplace=workplace)
     except OSError as error:  # a picture is never worth the run
         warn(f"the preview {path} could not be written: {error.strerror or error}")
 

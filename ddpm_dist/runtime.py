@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ddpm_dist import rendezvous
 from ddpm_dist.errors import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -73,33 +73,58 @@ class Runtime:
 
 
 def start() -> Runtime:
-    """Join the process group that torchrun (or SLURM through torchrun) describes; without one, a world of one process.
+    """Join the process group that torchrun, the deepspeed launcher or srun describes; without one, a world of one process.
 
-    Raises UserError when a CUDA machine has fewer GPUs than processes on this node.
+    Raises UserError when a CUDA machine has fewer GPUs than processes on this node, when the port for the ranks' meeting is
+    taken, and when SLURM's first node has no address.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _die_with_parent()
+    rendezvous.join()
+    rendezvous.watch_launchers(stopping=stop_requested)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"{socket.gethostname()}: local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; "
-                "start torchrun with --nproc_per_node=gpu or fewer processes"
-            )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", device_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = datetime.timedelta(minutes=float(os.environ.get("DDPM_DIST_TIMEOUT_MINUTES", 10)))
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        _join_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo")
     return Runtime(rank, world_size, local_rank, device, control)
+
+
+def device_index(local_rank: int, visible: int) -> int:
+    """Which of the ``visible`` GPUs is this rank's. UserError when there are more ranks than GPUs.
+
+    SLURM may show each task only its own (--gpus-per-task, --gpu-bind): then fewer are visible than the node has.
+    """
+    if local_rank < visible:
+        return local_rank
+    is_task = rendezvous.is_step(os.environ) and "TORCHELASTIC_RUN_ID" not in os.environ
+    if is_task and 0 < visible < int(os.environ.get("SLURM_GPUS_ON_NODE") or 0):
+        return local_rank % visible
+    raise UserError(
+        f"{socket.gethostname()}: local rank {local_rank} has no GPU: {visible} visible; "
+        "start fewer processes on this node (torchrun --nproc_per_node=gpu, slots=N in a hostfile, srun --ntasks-per-node=N)"
+    )
+
+
+def _join_group(backend: str) -> None:
+    timeout = datetime.timedelta(minutes=float(os.environ.get("DDPM_DIST_TIMEOUT_MINUTES", 10)))
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistNetworkError as reason:
+        if "EADDRINUSE" not in str(reason):
+            raise
+        error = UserError(
+            f"{socket.gethostname()}: port {os.environ.get('MASTER_PORT')}, where the ranks meet, is taken by another program; "
+            "choose a free one: --master_port=PORT for torchrun and deepspeed, MASTER_PORT=PORT in the environment for srun"
+        )
+        error.one_rank = True
+        raise error from None
 
 
 def use_fast_matmuls(device: torch.device) -> None:
@@ -107,14 +132,6 @@ def use_fast_matmuls(device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-
-
-def _die_with_parent() -> None:
-    """Linux: let the kernel end this worker when its torchrun dies, so that a killed launcher leaves no orphans."""
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):
-        pass  # not Linux: torchrun's own clean-up has to do
 
 
 def finish() -> None:
@@ -125,17 +142,37 @@ def finish() -> None:
 
 
 _received = 0  # the stop signal that arrived last
+_arrived: socket.socket | None = None  # the numbers of all signals, as they came
 
 
 def catch_stop_signals() -> None:
     """From now on SIGTERM, SIGINT and SIGUSR1 only set a flag (main thread only). Call it early: start-up takes a while."""
+    global _arrived
     for number in STOP_SIGNALS:
         signal.signal(number, _on_signal)
+    # Python runs _on_signal when the main thread has time, not while it waits for another rank. A byte is written at once.
+    _arrived, told = socket.socketpair()
+    _arrived.setblocking(False)
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
+
+
+def stop_requested() -> bool:
+    """Whether this process has been sent a stop signal, even if its main thread does not know yet. From any thread."""
+    if _received or _arrived is None:
+        return _received != 0
+    try:
+        return any(number in STOP_SIGNALS for number in _arrived.recv(4096, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
 
 
 def _on_signal(number: int, frame: Any) -> None:
     global _received
     _received = number
+
+
+TAKEN_OVER = 1_000  # agreed upon like a signal, and above all of them: it goes first
 
 
 class StopRequest:
@@ -149,11 +186,16 @@ class StopRequest:
         self._flag = torch.zeros(1, dtype=torch.int64)
         self._pending: dist.Work | None = None
 
-    def poll(self) -> str | None:
-        """Call once per step on every rank: the name of the stop signal that some rank had received by the last call."""
+    def poll(self, taken_over: bool = False) -> str | None:
+        """Call once per step on every rank: the name of the stop signal that some rank had received by the last call.
+
+        ``taken_over``: this rank found that another process owns the run directory now; then every rank gets "TAKEN_OVER".
+        """
         agreed = self.finish()
-        self._flag.fill_(_received)
+        self._flag.fill_(TAKEN_OVER if taken_over else _received)
         self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        if agreed == TAKEN_OVER:
+            return "TAKEN_OVER"
         return signal.Signals(agreed).name if agreed else None
 
     def finish(self) -> int:

@@ -6,8 +6,8 @@
 
 (Write -n under torchrun: with Python 3.11 it takes a --num behind the module for its own --numa-binding and stops.)
 
-Guidance, steps, variance and thresholding are by default what the run uses for its previews (section sampling of its config), for a
-weights file guidance 3, every timestep, variance beta, no thresholding.
+Guidance, steps, variance and thresholding are by default what the run uses for its previews (section sampling of its config); an
+exported file knows them, too. For other weights files they are guidance 3, every timestep, variance beta, no thresholding.
 
 Image i depends on the seed and i only (and its class): neither the number of processes nor the batch size changes it.
 """
@@ -28,14 +28,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ddpm_dist.checkpoint import open_checkpoint, published
-from ddpm_dist.checkpoint.format import MANIFEST, Damaged, Reader
-from ddpm_dist.config import Data, Diffusion
+from ddpm_dist import rendezvous
+from ddpm_dist.checkpoint.find import held_open, is_checkpoint, newest_intact
+from ddpm_dist.checkpoint.format import Damaged, Reader
+from ddpm_dist.config import Data, Diffusion, Sampling, Section
 from ddpm_dist.diffusion import Schedule, sample, to_uint8
 from ddpm_dist.diffusion.samplers import SAMPLERS, THRESHOLDINGS, VARIANCES
 from ddpm_dist.errors import RunFailed, UserError, exit_codes, leave
 from ddpm_dist.models import build_model
-from ddpm_dist.models.weights import load_weights
+from ddpm_dist.models.weights import load_described
 from ddpm_dist.previews import class_rows
 
 GIF_FRAMES = 48
@@ -59,21 +60,14 @@ class Source:
 def open_source(path: Path, ema: int | None) -> Source:
     """A run directory (newest intact checkpoint), a checkpoint folder or a weights file. UserError with the remedy."""
     if path.is_file():
-        network, diffusion = load_weights(path)
+        network, says = load_described(path)
         shape = (network.in_channels, network.image_size, network.image_size)
-        value_range = diffusion.get("range", [-1.0, 1.0])
-        return Source(network, _schedule(diffusion), value_range, shape, network.num_classes, None, {}, path.name)
-    if (path / MANIFEST).is_file():
-        return _from_checkpoint(open_checkpoint(path), path, ema)
-    for attempt in range(10):
-        reader = _newest(path)
-        try:
-            return _from_checkpoint(reader, path, ema)
-        except UserError:
-            # A run that trains may remove an old checkpoint while it is read: then there is a newer one.
-            if reader.folder.exists() or attempt == 9:
-                raise
-    raise AssertionError("not reached")
+        value_range = says.diffusion.get("range", [-1.0, 1.0])
+        return Source(
+            network, _schedule(says.diffusion), value_range, shape, network.num_classes, says.classes,
+            _sampling(says.sampling), path.name,
+        )  # fmt: skip
+    return _from_checkpoint(held_open(path) if is_checkpoint(path) else newest_intact(path), path, ema)
 
 
 def _from_checkpoint(reader: Reader, path: Path, ema: int | None) -> Source:
@@ -99,34 +93,25 @@ def _build(reader: Reader, path: Path, ema: int | None) -> Source:
 
 def _schedule(values: dict[str, Any]) -> Schedule:
     """The schedule that a file describes. UserError for a description that is none, or of another kind of prediction."""
+    d = _described(Diffusion, values)
+    _described(Data, {"range": values.get("range", [-1.0, 1.0])})
+    return Schedule(d.timesteps, d.t_min, d.schedule, d.beta_start, d.beta_end)
+
+
+def _sampling(values: dict[str, Any]) -> dict[str, Any]:
+    """The sampling defaults that a file describes, none if it does not. UserError for values that are none."""
+    return {key: value for key, value in _described(Sampling, values).model_dump().items() if key in values}
+
+
+def _described(section: type[Section], values: dict[str, Any]) -> Any:
     try:
-        d = Diffusion.model_validate({key: value for key, value in values.items() if key in Diffusion.model_fields})
-        Data(range=values.get("range", [-1.0, 1.0]))
+        return section.model_validate({key: value for key, value in values.items() if key in section.model_fields})
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
             f"the diffusion process this file describes cannot be sampled: {'.'.join(map(str, first['loc']))}: {first['msg']} "
             f"(got {first['input']!r:.60}); convert or export it again"
         ) from None
-    return Schedule(d.timesteps, d.t_min, d.schedule, d.beta_start, d.beta_end)
-
-
-def _newest(path: Path) -> Reader:
-    """The newest intact checkpoint of a run, without touching it (it may be training)."""
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist: give a run directory, a checkpoint folder or a weights file")
-    problems = []
-    for _, folder in published(path / "checkpoints"):
-        try:
-            return open_checkpoint(folder)
-        except (UserError, OSError) as error:
-            if not folder.exists():
-                continue
-            problems.append(str(error))
-            print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
-    if problems:
-        raise UserError(f"no intact checkpoint in {path / 'checkpoints'}: {problems[0]}")
-    raise UserError(f"{path} holds no checkpoint yet: train it first, or give a checkpoint folder or a weights file")
 
 
 def _load_parameters(network: nn.Module, reader: Reader, ema: int | None) -> None:
@@ -161,6 +146,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=Path, action="append", default=[], help="grid .png or arrays .npz; may be given twice")
     p.add_argument("--out-dir", type=Path, help="one PNG per image: INDEX_CLASS.png")
     p.add_argument("--gif", type=Path, help="the reverse process of the first images")
+    p.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["--"]:  # torchrun hands on a "--" that keeps it from reading the options behind it
         given = given[1:]
@@ -194,6 +180,7 @@ def _is_number(word: str) -> bool:
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
     a = parse(argv)
+    rendezvous.join()
     _check_arguments(a)
     from ddpm_dist import runtime as runtimes
 

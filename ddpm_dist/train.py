@@ -2,6 +2,8 @@
 
     torchrun --nproc_per_node=8 -m ddpm_dist.train                                 # the flagship, configs/cifar64.yaml
     torchrun --nproc_per_node=2 -m ddpm_dist.train --config configs/digits.yaml optim.lr=2e-4
+    deepspeed --hostfile hosts --module ddpm_dist.train --config digits            # the deepspeed launcher
+    srun --ntasks=16 python -m ddpm_dist.train                                     # one task per GPU of a SLURM job
     python -m ddpm_dist.train --config digits --print-config                       # one process; show the result only
 
 The same command continues a run that was interrupted.
@@ -14,11 +16,13 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddpm_dist import rendezvous
 from ddpm_dist.config import Config, load_config
-from ddpm_dist.errors import BAD_USAGE, FAILED, OK, UserError, exit_codes, leave
+from ddpm_dist.errors import BAD_USAGE, FAILED, OK, RunFailed, UserError, exit_codes, leave
 
 if TYPE_CHECKING:
     from ddpm_dist.trainer import Trainer
@@ -33,6 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--fresh", action="store_true", help="refuse to continue: the run directory must be empty")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=2e-4")
     return parser.parse_args(argv)
 
@@ -40,9 +45,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    code, reason, trainer, mine = FAILED, "failed", None, is_rank_0()
-    forget_last_exit()
+    code, reason, trainer, mine = FAILED, "failed", None, False
     try:
+        rendezvous.join()  # from here on RANK is known
+        forget_last_exit()
         config = load_config(arguments.config, arguments.overrides)
         if arguments.print_config:
             build_model_keywords(config)
@@ -61,15 +67,21 @@ def main(argv: list[str] | None = None) -> int:
         reason = trainer.reason
         runtimes.finish()
         return code
-    except UserError as error:
-        code, reason = BAD_USAGE, str(error)
-        mine = mine or getattr(error, "one_rank", False)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        taken_over = trainer.taken_over() if trainer is not None else None
+        if taken_over is not None:  # whatever it stumbled over, this is why
+            reason = taken_over
+            raise RunFailed(taken_over) from None
+        if isinstance(error, UserError):
+            code, reason = BAD_USAGE, str(error)
+            mine = getattr(error, "one_rank", False)
         raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
-        if mine:
+        if mine or is_rank_0():
             write_exit(trainer, code, reason)
         if trainer is not None:
             trainer.close()
@@ -103,19 +115,28 @@ def write_exit(trainer: Trainer | None, code: int, reason: str) -> None:
     torchrun exits with 1 whatever its workers returned; the launch scripts read the code from here. A rank that alone met bad
     input writes too, and rank 0, which then only sees a peer vanish, does not replace its words.
     """
-    owned = trainer is not None and (trainer.lock is not None or not trainer.runtime.is_main)
-    folders = [trainer.folder / "exit.json"] if owned else []
+    workplace = trainer.workplace if trainer is not None else None
     wanted = os.environ.get("DDPM_DIST_EXIT_JSON")
     step = trainer.completed if trainer is not None else None
-    for path in [*folders, *([Path(wanted)] if wanted else [])]:
-        aside = path.with_name(path.name + ".incomplete")
+    text = json.dumps({"code": code, "reason": reason, "step": step}) + "\n"
+
+    def write(path: Path, place: Callable[[Path, str], None]) -> None:
         try:
-            if code == FAILED and path.is_file() and path.stat().st_size:
-                continue
-            aside.write_text(json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
-            os.replace(aside, path)
+            if code != FAILED or not (path.is_file() and path.stat().st_size):
+                place(path, text)
         except OSError as error:
             print(f"warning: {path} could not be written: {error.strerror}", file=sys.stderr, flush=True)
+
+    if workplace is not None and workplace.taken_over() is None:
+        write(trainer.folder / "exit.json", workplace.write_text)
+    if wanted:
+        write(Path(wanted), replace_text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".incomplete")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 def entry() -> None:

@@ -11,8 +11,9 @@ import torch
 
 from ddpm_dist import config as configuration
 from ddpm_dist.audit import Audit
-from ddpm_dist.checkpoint import CheckpointStore, Reader, RunLock, reaches
-from ddpm_dist.checkpoint.format import Damaged
+from ddpm_dist.checkpoint import CheckpointStore, Ownership, Reader, Workplace, reaches
+from ddpm_dist.checkpoint.format import Damaged, Piece
+from ddpm_dist.checkpoint.snapshots import Snapshots
 from ddpm_dist.config import Config
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches, synthetic_batches
@@ -40,7 +41,8 @@ class Trainer:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config, self.runtime, self.folder = config, runtime, config.run.folder
-        self.lock: RunLock | None = None
+        self.owner: Ownership | None = None  # on rank 0
+        self.workplace: Workplace | None = None  # on every rank: where it makes files of the run directory
         self.reason, self.completed = "", 0
 
     def prepare(self, fresh: bool = False) -> None:
@@ -57,10 +59,11 @@ class Trainer:
         network = build_model(config.model.name, **config.network_keywords())
 
         runtime.together(lambda: self._own_folder(fresh))
+        self.workplace = runtime.broadcast(self.owner.workplace if self.owner is not None else None)
 
         self.store = CheckpointStore(
             self.folder / "checkpoints", runtime, config.checkpoint.keep_last, config.checkpoint.keep_every,
-            config.train.global_batch,
+            config.train.global_batch, self.workplace.work,
         )  # fmt: skip
         self.store.tidy()
         reader = self.store.newest()
@@ -90,16 +93,26 @@ class Trainer:
     def _own_folder(self, fresh: bool) -> None:
         if not self.runtime.is_main:
             return
-        lock = RunLock(self.folder)
-        found = sorted(path.name for path in self.folder.iterdir() if path.name != "lock")
+        self.owner = Ownership(self.folder)
+        place = self.owner.workplace
+        found = [path.name for path in self.folder.iterdir() if path.name != "checkpoints"]
+        found += [
+            f"checkpoints/{path.name}" for path in (self.folder / "checkpoints").iterdir() if path != place.generation
+        ]
         if fresh and found:
-            lock.release()
             raise UserError(
-                f"--fresh: run directory {self.folder} is not empty ({', '.join(found[:5])}): choose another run.name, or "
+                f"--fresh: run directory {self.folder} is not empty ({', '.join(sorted(found)[:5])}): choose another run.name, or "
                 "leave --fresh out to continue that run"
             )
-        self.lock = lock
-        (self.folder / "exit.json").unlink(missing_ok=True)  # it speaks of the exit before this start
+        self.workplace = place
+        try:
+            place.remove(self.folder / "exit.json")  # it speaks of the exit before this start
+            for name in ("metrics.jsonl", "audit.jsonl"):
+                place.renew(self.folder / name)
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.folder} cannot be written: {error.strerror}; make room or set run.dir"
+            ) from None
 
     def _fix_what_the_start_decides(self, state: dict[str, Any]) -> None:
         optim = self.config.optim
@@ -142,7 +155,12 @@ class Trainer:
     def run(self) -> int:
         """Train to the budget or until asked to stop. Returns 0 (done) or 75 (stopped, start me again)."""
         config, runtime = self.config, self.runtime
+        self.snapshots = Snapshots(
+            self.folder, runtime, config.ema.snapshot_every, self.plan.global_batch, self.workplace.work
+        )
+        self.snapshots.begin(self.completed, self._averages)
         if self.completed >= self.total_steps:
+            self.snapshots.wait()
             self._say(
                 f"{self.folder}: done, {self.completed * self.plan.global_batch:,} images trained of "
                 f"{config.train.images:,}; a larger train.images continues it"
@@ -162,11 +180,15 @@ class Trainer:
                 self._preview()
                 if reaches(self.completed, self.plan.global_batch, config.checkpoint.every):
                     self._save()
-                reason = stop.poll()
+                self.snapshots.after_step(self.completed, self._averages)
+                reason = stop.poll(self.owner is not None and self.owner.lost)
+            self.snapshots.wait()
             self.store.wait()
+            runtime.together(self._check_owner)
             if self.store.saved_step != self.completed:
                 self._save()
             failure = self.store.wait()
+            runtime.together(self._check_owner)
         except BaseException:
             self._close("FAILED")
             raise
@@ -178,7 +200,8 @@ class Trainer:
             self._close("FAILED")
             raise UserError(
                 f"the last checkpoint (step {self.completed}) could not be written to {self.store.root}: {failure}. Older "
-                "checkpoints are whole; make room (or lower checkpoint.keep_last) and run the same command again"
+                "checkpoints are whole; remove the cause (on a full disk make room or lower checkpoint.keep_last) and run the "
+                "same command again"
             )
         if reason is not None and self.completed < self.total_steps:
             self._close("KILLED")
@@ -186,6 +209,15 @@ class Trainer:
             return self._leave(REQUEUE, reason)
         self._close("FINISHED")
         return self._leave(OK, "done")
+
+    def taken_over(self) -> str | None:
+        """Who owns the run directory now, in words, if this job did and does not any more."""
+        return self.workplace.taken_over() if self.workplace is not None else None
+
+    def _check_owner(self) -> None:
+        words = self.taken_over()
+        if words is not None:
+            raise RunFailed(words)
 
     # -- what a step leaves behind -------------------------------------------------------------------------------------
 
@@ -254,7 +286,7 @@ class Trainer:
         path = self.folder / "samples" / f"step_{self.completed:08d}.png"
         step = self.step_fn
         weights = {**step.ema.gather(0), **step.engine.buffers}
-        preview(self.config, self.runtime, weights, step.schedule, path)
+        preview(self.config, self.runtime, weights, step.schedule, path, self.workplace)
         if self.tracker is not None:
             self.tracker.picture(path, self.completed)
         self._paused += time.monotonic() - start
@@ -262,15 +294,28 @@ class Trainer:
     def _pieces(self) -> list:
         return [*self.step_fn.engine.pieces(), *self.step_fn.ema.pieces()]
 
-    def _save(self) -> None:
-        sums = self.sums.tolist()
-        state = {
+    def _facts(self) -> dict[str, Any]:
+        """What every checkpoint and snapshot says of itself."""
+        return {
             "step": self.completed,
             "images_seen": self.completed * self.plan.global_batch,
             "config": self.config.to_dict(),
             "model": {"name": self.config.model.name, "keywords": self.config.network_keywords()},
             "data_fingerprint": self.index.fingerprint if self.index is not None else None,
             "classes": self.index.classes if self.index is not None else None,
+        }
+
+    def _averages(self) -> tuple[list[Piece], dict[str, Any]]:
+        """What a snapshot holds: the averages, and the buffers that a network made from them needs."""
+        step = self.step_fn
+        buffers = [piece for piece in step.engine.pieces() if piece.tensor.startswith("buffer/")]
+        return [*step.ema.pieces(), *buffers], self._facts()
+
+    def _save(self) -> None:
+        self.snapshots.wait()  # a checkpoint never comes before the snapshots of the steps before it
+        sums = self.sums.tolist()
+        state = {
+            **self._facts(),
             "decoder": self.decoder,
             "scaler": self.step_fn.engine.scaler_state(),
             "sums": sums,
@@ -304,16 +349,16 @@ class Trainer:
         self.audit = None
         if config.train.audit:
             self.audit = Audit(self.folder / "audit.jsonl", runtime, self.plan.global_batch)
+        # Asked after the files are open: whoever takes over later puts others in their place.
+        runtime.together(self._check_owner)
 
     def _cut_records(self) -> None:
         if not self.runtime.is_main:
             return
         config = self.config
         try:
-            aside = self.folder / "config.yaml.incomplete"
-            aside.write_text(config.to_yaml())
-            aside.replace(self.folder / "config.yaml")
-            cut_back(self.folder / "audit.jsonl", self.completed)
+            self.workplace.write_text(self.folder / "config.yaml", config.to_yaml())
+            cut_back(self.folder / "audit.jsonl", self.completed, self.workplace)
             self.tracker = Tracker(
                 self.folder,
                 config.tracking,
@@ -321,6 +366,7 @@ class Trainer:
                 config.to_dict(),
                 self.completed,
                 run_id=self.mlflow_run_id,
+                workplace=self.workplace,
             )
         except OSError as error:
             raise UserError(
@@ -345,7 +391,10 @@ class Trainer:
         if self.progress is not None:
             self.progress.close()
         if self.tracker is not None:
-            self.tracker.close(status)
+            if self.taken_over() is None:
+                self.tracker.close(status)
+            else:
+                self.tracker.abandon()
         if self.audit is not None:
             self.audit.close()
 
@@ -355,9 +404,9 @@ class Trainer:
 
     def close(self) -> None:
         """Give the run directory back."""
-        if self.lock is not None:
-            self.lock.release()
-            self.lock = None
+        if self.owner is not None:
+            self.owner.release()
+            self.owner = None
 
     def _say(self, text: str) -> None:
         if self.runtime.is_main:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
@@ -20,7 +19,6 @@ from hypothesis import strategies as st
 from ddpm_dist import runtime as runtimes
 from ddpm_dist.checkpoint import CheckpointStore, Piece, files, open_checkpoint, published, reaches
 from ddpm_dist.checkpoint.format import Damaged, Reader, check_files, manifest_text, read_manifest, write_pieces
-from ddpm_dist.checkpoint.lock import RunLock
 from ddpm_dist.engines.partition import partition
 from ddpm_dist.errors import UserError
 
@@ -189,15 +187,6 @@ def save(store: CheckpointStore, step: int, value: float = 1.0) -> str | None:
     return store.wait()
 
 
-def test_the_number_decides_what_is_newest_not_the_clock(tmp_path, alone):
-    store = CheckpointStore(tmp_path, alone, 10, None, 1)
-    for step in (5, 100_000_000, 20):
-        assert save(store, step) is None
-    for position, (_, path) in enumerate(published(tmp_path)):
-        os.utime(path, (position, position))
-    assert store.newest().step == 100_000_000
-
-
 def test_retention(tmp_path, alone):
     store = CheckpointStore(tmp_path, alone, keep_last=2, keep_every=40, global_batch=10)
     for step in range(1, 13):
@@ -286,103 +275,6 @@ def test_when_none_is_intact_the_run_does_not_start_over(tmp_path, alone):
             store.newest()
 
 
-def count_operations(root: Path, alone) -> int:
-    store, seen = CheckpointStore(root, alone, 1, None, 1), []
-    save(store, 1)
-    files.before_operation = lambda operation, path: seen.append(operation)
-    try:
-        assert save(store, 2) is None
-    finally:
-        files.before_operation = None
-    assert {"open", "write", "fsync", "rename", "fsync_folder", "make_folder", "remove_tree"} == set(seen)
-    return len(seen)
-
-
-def test_a_full_disk_at_any_operation_harms_no_older_checkpoint(tmp_path, alone):
-    total = count_operations(tmp_path / "count", alone)
-    for k in range(total):
-        root = tmp_path / str(k)
-        store = CheckpointStore(root, alone, 1, None, 1)
-        assert save(store, 1, value=1.0) is None
-        seen = []
-
-        def fail(operation, path, seen=seen, k=k):
-            seen.append(operation)
-            if len(seen) == k + 1:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-        files.before_operation = fail
-        try:
-            failure = save(store, 2, value=2.0)
-        finally:
-            files.before_operation = None
-        assert len(seen) > k
-        reader = CheckpointStore(root, alone, 1, None, 1).newest()
-        assert reader.step in (1, 2) and reader.tensor("model/w").tolist() == [float(reader.step)] * 3
-        assert (failure is None) == (published(root)[0][0] == 2) or "fsync_folder" in seen[k]
-        if failure is not None:
-            assert "No space left on device" in failure
-        assert save(store, 3) is None, "the next save works"
-
-
-def test_sigkill_at_any_operation_leaves_a_good_checkpoint(tmp_path, alone):
-    total = count_operations(tmp_path / "count", alone)
-    script = tmp_path / "killed.py"
-    script.write_text(
-        "import os, signal, sys, torch\n"
-        "from pathlib import Path\n"
-        "from ddpm_dist import runtime\n"
-        "from ddpm_dist.checkpoint import CheckpointStore, Piece, files\n"
-        "alone, base, total = runtime.start(), Path(sys.argv[1]), int(sys.argv[2])\n"
-        "def save(store, step):\n"
-        "    store.save(step, [Piece('model/w', (3,), 0, torch.full((3,), float(step)))], {'step': step})\n"
-        "    return store.wait()\n"
-        "for k in range(total):\n"
-        "    store = CheckpointStore(base / str(k), alone, 1, None, 1)\n"
-        "    assert save(store, 1) is None\n"
-        "    if os.fork() == 0:\n"
-        "        seen = []\n"
-        "        def kill(operation, path):\n"
-        "            seen.append(operation)\n"
-        "            if len(seen) == k + 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        files.before_operation = kill\n"
-        "        runtime_pieces = [Piece('model/w', (3,), 0, torch.full((3,), 2.0))]\n"
-        "        store._prepare(2)\n"
-        "        store._exchange = lambda outcome: [outcome]\n"  # no threads of the process group survive a fork
-        "        import torch.distributed as dist\n"
-        "        dist.broadcast_object_list = lambda *a, **k: None\n"
-        "        store._run(2, runtime_pieces, {'step': 2})\n"
-        "        os._exit(0)\n"
-        "    _, status = os.wait()\n"
-        "    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (k, status)\n"
-        "runtime.finish()\n"
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "runs"), str(total)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    steps = set()
-    for k in range(total):
-        store = CheckpointStore(tmp_path / "runs" / str(k), alone, 1, None, 1)
-        store.tidy()
-        reader = store.newest()
-        steps.add(reader.step)
-        assert reader.tensor("model/w").tolist() == [float(reader.step)] * 3
-        assert save(store, 3) is None
-    assert steps == {1, 2}
-
-
-def test_a_run_directory_has_one_owner(tmp_path):
-    lock = RunLock(tmp_path / "run")
-    other = train(tmp_path / "run", "train.images=12")
-    assert other.returncode == 2 and "in use by another process" in other.stderr and str(os.getpid()) in other.stderr
-    lock.release()
-    assert train(tmp_path / "run", "train.images=12").returncode == 0
-
-
 def test_training_on_a_full_disk_ends_with_the_older_checkpoints_whole(tmp_path):
     """A real limit of the system on file sizes: the first save fits, the later ones do not."""
     run = tmp_path / "run"
@@ -405,7 +297,7 @@ def test_training_on_a_full_disk_ends_with_the_older_checkpoints_whole(tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "File too large" in done.stderr and "Older checkpoints are whole" in done.stderr
     assert "next save tries again" in done.stderr
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000002"]
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000002"]
     assert {path.name: path.read_bytes() for path in (run / "checkpoints/step_00000002").iterdir()} == before
     again = train(run, "train.images=72", "ema.half_lives=[100]", "optim.decay_images=24")
     assert again.returncode == 0 and "continuing at step 2" in again.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -17,9 +18,10 @@ def _announce(operation: str, path: Path) -> None:
         before_operation(operation, path)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, parents: bool = False) -> None:
+    """``parents`` stays False below a generation folder: one that a takeover has renamed must not come back."""
     _announce("make_folder", path)
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=parents, exist_ok=True)
 
 
 def write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | str]:
@@ -39,6 +41,31 @@ def write(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | s
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def write_locked(path: Path, describe: Callable[[bool, int], bytes]) -> int:
+    """Write and flush a new file and keep it open and locked; returns the descriptor, whose closing frees the lock.
+
+    ``describe(locked, device)`` gives the content: whether the file system has locks, and the file's device number.
+    """
+    _announce("open", path)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        locked = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            locked = False
+        data = describe(locked, os.fstat(handle).st_dev)
+        while data:
+            _announce("write", path)
+            data = data[os.write(handle, data) :]
+        _announce("fsync", path)
+        os.fsync(handle)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
 def flush_folder(path: Path) -> None:
     """Make the names in a folder durable."""
     _announce("fsync_folder", path)
@@ -50,6 +77,7 @@ def flush_folder(path: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
+    """Atomic; an existing file at ``target`` is replaced."""
     _announce("rename", source)
     os.rename(source, target)
 

@@ -196,6 +196,11 @@ class Reader:
         except (ValueError, TypeError, RecursionError) as error:
             raise Damaged(f"{folder / STATE}: {error}") from None
 
+    def hold(self) -> None:
+        """Open every file now: from then on it does no harm when the folder is removed. Raises Damaged."""
+        for file in {piece[0] for entry in self._tensors.values() for piece in entry["pieces"]}:
+            self._file(file)
+
     def names(self, prefix: str = "") -> list[str]:
         """Names of the tensors that begin with ``prefix``."""
         return [name for name in self._tensors if name.startswith(prefix)]

@@ -2,7 +2,10 @@
 
 A save: the step pays for a copy of this rank's pieces to host memory; a thread writes and flushes them into
 ``step_N.incomplete/``; when every rank has said that its file is durable, rank 0 adds state and manifest and renames the folder to
-``step_N/``. A published folder is never written again.
+``step_N/``. A published folder is never written again, and state that is not finite is never published.
+
+Folders are built, set aside and removed by way of ``work``, a folder that belongs to one owner of the run directory and vanishes
+when another takes over (see ownership.py): from then on every rename of the old owner fails.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ from ddpm_dist.checkpoint import files
 from ddpm_dist.checkpoint.format import (
     MANIFEST,
     STATE,
-    STEP_FOLDER,
     Damaged,
     Piece,
     Reader,
@@ -31,30 +33,31 @@ from ddpm_dist.checkpoint.format import (
     read_manifest,
     write_pieces,
 )
+from ddpm_dist.checkpoint.retention import Retention, folder_name, published
 from ddpm_dist.errors import UserError
 from ddpm_dist.runtime import Runtime
 
 _LEFTOVER = re.compile(r"step_\d{8,}\.(incomplete|removed)")
 
 
-def folder_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def published(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the published checkpoints, newest first: by number, never by clock."""
-    if not root.is_dir():
-        return []
-    found = [(int(m[1]), path) for path in root.iterdir() if (m := STEP_FOLDER.fullmatch(path.name)) and path.is_dir()]
-    return sorted(found, reverse=True)
-
-
 class CheckpointStore:
-    """The checkpoints of one run. Every public method except ``failure`` is collective."""
+    """The checkpoints of one run. Every public method except ``failure`` is collective.
 
-    def __init__(self, root: Path, runtime: Runtime, keep_last: int, keep_every: int | None, global_batch: int) -> None:
-        self.root, self._runtime = root, runtime
-        self._keep_last, self._keep_every, self._global_batch = keep_last, keep_every, global_batch
+    ``work`` is the owner's :attr:`Workplace.work`, on every rank; None stands for ``root`` itself, for a caller who knows that
+    nobody else writes there.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        runtime: Runtime,
+        keep_last: int,
+        keep_every: int | None,
+        global_batch: int,
+        work: Path | None = None,
+    ) -> None:
+        self.root, self._runtime, self._work = root, runtime, work or root
+        self._retention = Retention(keep_last, keep_every, global_batch)
         # A group of its own: the saving threads talk while the training threads do.
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
@@ -88,15 +91,21 @@ class CheckpointStore:
         return self.failure
 
     def _prepare(self, step: int) -> None:
-        target = self.root / f"{folder_name(step)}.incomplete"
+        if self._work == self.root:
+            files.make_folder(self.root, parents=True)
+        target = self._unfinished(step)
         if target.exists():  # from a save that did not finish
             files.remove_tree(target)
         files.make_folder(target)
 
+    def _unfinished(self, step: int) -> Path:
+        return self._work / f"{folder_name(step)}.incomplete"
+
     def _run(self, step: int, pieces: list[Piece], state: dict[str, Any]) -> None:
-        folder = self.root / f"{folder_name(step)}.incomplete"
+        folder = self._unfinished(step)
         outcome: tuple[str, Any]
         try:
+            _check_finite(pieces)
             name = f"rank_{self._runtime.rank:05d}.safetensors"
             facts, table = write_pieces(folder / name, pieces)
             outcome = ("written", (name, facts, table))
@@ -145,6 +154,7 @@ class CheckpointStore:
             raise FileExistsError(f"{target} exists already; published checkpoints are never overwritten")
         files.rename(folder, target)
         files.flush_folder(self.root)
+        self._retention.trust(target)
 
     def _discard(self, folder: Path) -> None:
         try:
@@ -154,7 +164,7 @@ class CheckpointStore:
 
     def _report(self, step: int, error: str) -> None:
         self.failure = error
-        if self._runtime.is_main:
+        if self._runtime.is_main and self._work.exists():  # else another process has taken over, which the trainer says
             newest = published(self.root)
             print(
                 f"warning: the checkpoint of step {step} could not be written: {error}. "
@@ -164,19 +174,20 @@ class CheckpointStore:
             )  # fmt: skip
 
     def _prune(self, saved: int) -> None:
-        """Remove what retention does not keep: never the one just saved, the newest ``keep_last``, or multiples of keep_every."""
-        for position, (step, path) in enumerate(published(self.root)):
-            if position < self._keep_last or step == saved or self._keep(step):
-                continue
+        """Remove what retention does not keep. Whatever goes wrong here, the checkpoint just saved is published."""
+        try:
+            surplus = self._retention.surplus(self.root, saved)
+        except Exception as error:
+            surplus = []
+            print(f"warning: {self.root} could not be tidied: {_reason(error)}", file=sys.stderr, flush=True)
+        for folder in surplus:
+            removed = self._work / f"{folder.name}.removed"
             try:
                 # Renamed first: a folder that is half removed must not look like a checkpoint.
-                files.rename(path, path.with_name(f"{path.name}.removed"))
-                files.remove_tree(path.with_name(f"{path.name}.removed"))
+                files.rename(folder, removed)
+                files.remove_tree(removed)
             except OSError as error:
-                print(f"warning: could not remove {path}: {error.strerror}", file=sys.stderr, flush=True)
-
-    def _keep(self, step: int) -> bool:
-        return self._keep_every is not None and reaches(step, self._global_batch, self._keep_every)
+                print(f"warning: could not remove {folder}: {error.strerror}", file=sys.stderr, flush=True)
 
     def tidy(self) -> None:
         """Remove what an interrupted save or removal left behind (call while owning the run directory)."""
@@ -186,7 +197,7 @@ class CheckpointStore:
         if not self._runtime.is_main:
             return
         try:
-            files.make_folder(self.root)
+            files.make_folder(self.root, parents=True)
             leftovers = [path for path in self.root.iterdir() if _LEFTOVER.fullmatch(path.name)]
         except OSError as error:
             raise UserError(f"{self.root} cannot be used for checkpoints: {error.strerror}; set run.dir") from None
@@ -212,17 +223,7 @@ class CheckpointStore:
             if problem is None:
                 return Reader(folder, read_manifest(folder))
             refused.append(problem)
-            if runtime.is_main:
-                aside = folder.with_name(f"{folder.name}.corrupt")
-                number = 1
-                while aside.exists():
-                    number += 1
-                    aside = folder.with_name(f"{folder.name}.corrupt{number}")
-                files.rename(folder, aside)
-                print(
-                    f"warning: {problem}; set aside as {aside.name}, trying the one before", file=sys.stderr, flush=True
-                )
-            runtime.barrier()
+            runtime.together(lambda: self._set_aside(folder, problem))  # noqa: B023 (called at once)
         if refused or any(runtime.broadcast(self._corrupt_folders() if runtime.is_main else None)):
             details = "\n  ".join(refused) or ", ".join(runtime.broadcast(self._corrupt_folders()))
             raise UserError(
@@ -230,6 +231,18 @@ class CheckpointStore:
                 "run under another run.name"
             )
         return None
+
+    def _set_aside(self, folder: Path, problem: str) -> None:
+        if not self._runtime.is_main:
+            return
+        name, number = f"{folder.name}.corrupt", 1
+        while (self.root / name).exists():
+            number += 1
+            name = f"{folder.name}.corrupt{number}"
+        # By way of the work folder, so that a former owner cannot do it to a checkpoint of its successor.
+        files.rename(folder, self._work / name)
+        files.rename(self._work / name, self.root / name)
+        print(f"warning: {problem}; set aside as {name}, trying the one before", file=sys.stderr, flush=True)
 
     def _corrupt_folders(self) -> list[str]:
         return [path.name for path in self.root.glob("step_*.corrupt*")] if self.root.is_dir() else []
@@ -254,9 +267,13 @@ class CheckpointStore:
         return next((text for text in found if text is not None), None)
 
 
-def reaches(step: int, global_batch: int, every: int | None) -> bool:
-    """True for the first step whose images reach a new multiple of ``every``."""
-    return every is not None and step * global_batch // every > (step - 1) * global_batch // every
+def _check_finite(pieces: Iterable[Piece]) -> None:
+    """Raises ValueError naming the first tensor that holds a NaN or an infinity: nobody could use such a checkpoint."""
+    for piece in pieces:
+        if piece.data.is_floating_point() and piece.data.numel():
+            # Both ends of the range are NaN if any element is; no mask of the tensor's size is needed.
+            if not all(torch.isfinite(end) for end in torch.aminmax(piece.data)):
+                raise ValueError(f"{piece.tensor} is not finite (it holds a NaN or an infinity)")
 
 
 def _reason(error: BaseException) -> str:

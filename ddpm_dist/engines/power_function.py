@@ -66,9 +66,21 @@ def inner_products(
     return (g + 1.0) * (h + 1.0) / (g + h + 1.0) * ratio
 
 
-def combination(gammas: np.ndarray, times: np.ndarray, gamma: float, time: float) -> np.ndarray:
-    """Weights (one for each tracked profile) of the combination closest to the profile (gamma, time) in the mean square."""
+def combination(gammas: np.ndarray, times: np.ndarray, gamma: float, time: float) -> tuple[np.ndarray, float]:
+    """The combination of tracked profiles that comes closest, in the mean square, to the profile of ``gamma`` at ``time``.
+
+    gammas, times: one entry for each tracked profile (an average at a time); all times greater than 0. Returns (weights float64 of
+    the same length, residual). The weights add up to 1, so that the average of constant weights is those weights. residual: distance
+    of the combined profile from the wanted one relative to its size, 0 (to rounding, about 1e-8) when it can be had exactly.
+    """
+    wanted = np.array([gamma], dtype=np.float64), np.array([time], dtype=np.float64)
     matrix = inner_products(gammas, times, gammas, times)
-    wanted = inner_products(gammas, times, np.array([gamma]), np.array([time]))[:, 0]
-    # The profiles are nearly dependent: the smallest directions are rounding noise and must not be amplified.
-    return np.linalg.lstsq(matrix, wanted, rcond=1e-12)[0]
+    right = inner_products(gammas, times, *wanted)[:, 0]
+    # Profiles of unit size: a short and an early one are as many orders of magnitude larger as the run is longer.
+    size = np.sqrt(np.diag(matrix))
+    # Neighbouring profiles are nearly dependent: the smallest directions are rounding noise and must not be amplified.
+    weights = np.linalg.lstsq(matrix / np.outer(size, size), right / size, rcond=1e-12)[0] / size
+    weights /= weights.sum()
+    square = inner_products(*wanted, *wanted)[0, 0]
+    distance = square - 2.0 * weights @ right + weights @ matrix @ weights
+    return weights, math.sqrt(max(0.0, float(distance / square)))

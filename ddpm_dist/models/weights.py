@@ -1,14 +1,17 @@
 """Weight files: one network in safetensors, with what is needed to build it and to sample from it in the metadata.
 
 Metadata (all values are strings): ``format`` "ddpm_dist.model", ``version`` "1", ``model`` JSON {name, keywords},
-``diffusion`` JSON {timesteps, t_min, schedule, prediction, loss, range, ...}.
+``diffusion`` JSON {timesteps, t_min, schedule, prediction, loss, range, ...}; and where they are known ``classes`` JSON [name, ...],
+``sampling`` JSON {guidance, steps, variance, ...} (defaults for the sampler), ``origin`` JSON (where the weights come from).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,51 @@ from ddpm_dist.errors import UserError
 from ddpm_dist.models.registry import build_model
 
 FORMAT, VERSION = "ddpm_dist.model", "1"
+_DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int32: "I32", torch.bfloat16: "BF16", torch.float64: "F64",
+           torch.bool: "BOOL", torch.uint8: "U8", torch.float16: "F16"}  # fmt: skip
 _Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a weight file says about its weights: all that is needed to build the network and to sample from it."""
+
+    name: str
+    keywords: dict[str, Any]
+    diffusion: dict[str, Any]
+    classes: list[str] | None = None  # names of the labels
+    sampling: dict[str, Any] = field(default_factory=dict)  # the run's defaults; whoever uses them checks them
+    origin: dict[str, Any] = field(default_factory=dict)  # run, step, which average ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        model = {"name": self.name, "keywords": self.keywords}
+        return {"model": model, "diffusion": self.diffusion, "classes": self.classes, "sampling": self.sampling,
+                "origin": self.origin}  # fmt: skip
+
+    def metadata(self) -> dict[str, str]:
+        """The metadata of a safetensors file; what is not known is left out."""
+        known = {key: json.dumps(value) for key, value in self.to_dict().items() if value is not None}
+        return {"format": FORMAT, "version": VERSION, **known}
+
+    @classmethod
+    def parse(cls, metadata: Mapping[str, str], path: str | Path) -> Description:
+        """The way back of :meth:`metadata`. Raises UserError for a description that does not have the right form."""
+        try:
+            model, diffusion = json.loads(metadata["model"]), json.loads(metadata["diffusion"])
+            classes = json.loads(metadata.get("classes", "null"))
+            sampling, origin = (json.loads(metadata.get(key, "{}")) for key in ("sampling", "origin"))
+            for key, value in (("diffusion", diffusion), ("sampling", sampling), ("origin", origin)):
+                if not isinstance(value, dict):
+                    raise TypeError(f"{key} is not a JSON object")
+            if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+                raise TypeError("classes is not a list of names")
+            name, keywords = str(model["name"]), dict(model["keywords"])
+            if classes is not None and len(classes) != keywords.get("num_classes"):
+                raise ValueError(f"{len(classes)} names of classes, the network has {keywords.get('num_classes')}")
+            return cls(name, keywords, diffusion, classes, sampling, origin)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: its metadata is damaged ({error}); export the file again") from None
 
 
 def save_weights(
@@ -47,12 +94,7 @@ def save_weights(
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"{path} not written: {name} holds values that are not finite (NaN or infinite)")
         tensors[name] = value
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": json.dumps({"name": model_name, "keywords": keywords}),
-        "diffusion": json.dumps(diffusion),
-    }
+    metadata = Description(model_name, keywords, diffusion).metadata()
     aside = path.with_name(path.name + ".incomplete")
     try:
         save_file(tensors, aside, metadata)
@@ -70,18 +112,19 @@ def load_weights(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     Returns the network and the description of its diffusion process. Raises UserError for a file that is missing,
     damaged, of another kind or version, or that does not fit the network it names.
     """
+    network, description = load_described(path)
+    return network, description.diffusion
+
+
+def load_described(path: str | Path) -> tuple[nn.Module, Description]:
+    """As :func:`load_weights`, with everything that the file says about its weights."""
     tensors, metadata = _read(path)
-    try:
-        model, diffusion = json.loads(metadata["model"]), json.loads(metadata["diffusion"])
-        name, keywords = str(model["name"]), dict(model["keywords"])
-        if not isinstance(diffusion, dict):
-            raise TypeError("diffusion is not a JSON object")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its metadata is damaged ({error}); export the file again") from None
+    description = Description.parse(metadata, path)
+    name, keywords = description.name, description.keywords
     check_shapes(_shapes(tensors), network_shapes(name, keywords), str(path))
     network = build_model(name, **keywords)
     network.load_state_dict(tensors)
-    return network.eval(), diffusion
+    return network.eval(), description
 
 
 def initialise_from(path: str | Path, network: nn.Module) -> None:
@@ -93,8 +136,35 @@ def initialise_from(path: str | Path, network: nn.Module) -> None:
 
 def network_shapes(name: str, keywords: dict[str, Any]) -> _Shapes:
     """Names and shapes of a network's state dict, found without allocating it."""
+    return _shapes(empty_state(name, keywords))
+
+
+def empty_state(name: str, keywords: dict[str, Any]) -> dict[str, Tensor]:
+    """A network's state dict on the meta device: names, shapes and dtypes without values."""
     with torch.device("meta"):
-        return _shapes(build_model(name, **keywords).state_dict())
+        return build_model(name, **keywords).state_dict()
+
+
+def file_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file whose tensors follow in the order of ``tensors``, each row-major, without gaps.
+
+    Only names, shapes and dtypes of ``tensors`` are looked at (meta tensors will do), so that a file can be written tensor by tensor.
+    :func:`file_order` keeps every tensor aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names in the order in which a weight file holds its tensors: the widest dtypes first."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def check_shapes(found: _Shapes, wanted: _Shapes, where: str) -> None:

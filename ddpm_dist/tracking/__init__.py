@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from ddpm_dist.tracking.metrics import JsonLines, cut_back
+from ddpm_dist.tracking.metrics import JsonLines, Workplace, cut_back
 from ddpm_dist.tracking.progress import Progress, warn
 
 __all__ = ["Progress", "Settings", "Tracker", "cut_back"]
@@ -56,6 +56,7 @@ class Tracker:
         step: the completed step the run continues from (0 = new). metrics.jsonl is cut back to it.
         run_id: the MLflow run that a checkpoint remembers; ``tracking.json``, being newer, goes before it.
         tags: MLflow tags of a new run.
+        workplace: where new versions of metrics.jsonl and tracking.json are made; None: beside them.
 
     Raises:
         UserError: metrics.jsonl cannot be cut back.
@@ -71,10 +72,11 @@ class Tracker:
         step: int,
         run_id: str | None = None,
         tags: dict[str, str] | None = None,
+        workplace: Workplace | None = None,
     ) -> None:
         run_dir = Path(run_dir).absolute()
         metrics = run_dir / "metrics.jsonl"
-        cut_back(metrics, step)
+        cut_back(metrics, step, workplace)
         self._lines = JsonLines(metrics)
         self._worker = None
         if not settings.mlflow:
@@ -101,6 +103,7 @@ class Tracker:
             params=flatten(config),
             tags=tags or {},
             run_id=run_id,
+            workplace=workplace,
         )
         self._worker = Worker(job)
         self._worker.start()
@@ -136,6 +139,12 @@ class Tracker:
         self._lines.close()
         if self._worker is not None:
             self._worker.finish(status, timeout)
+
+    def abandon(self) -> None:
+        """Stop without a word to MLflow or the run directory: another process records this run now."""
+        self._lines.close()
+        if self._worker is not None:
+            self._worker.abandon()
 
     @property
     def run_id(self) -> str | None:

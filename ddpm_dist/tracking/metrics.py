@@ -8,10 +8,18 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from ddpm_dist.errors import UserError
 from ddpm_dist.tracking.progress import warn
+
+
+class Workplace(Protocol):
+    """Where new versions of a run's files are made before they replace the old ones (see checkpoint/ownership.py)."""
+
+    def aside(self, target: Path) -> Path: ...
+
+    def place(self, target: Path) -> None: ...
 
 
 def to_line(record: dict) -> bytes:
@@ -76,10 +84,10 @@ def _parse(line: bytes) -> dict | None:
     return record
 
 
-def cut_back(path: Path, step: int) -> None:
+def cut_back(path: Path, step: int, workplace: Workplace | None = None) -> None:
     """Drop the lines with ``record["step"] > step`` and a torn last line from a JSON-lines file.
 
-    The shortened file is written aside, made durable and renamed; a file that needs no change is not touched, and a
+    The shortened file is written aside (None: beside the old one), made durable and renamed; a file that needs no change is not touched, and a
     missing file is left missing. Damaged lines in the middle are dropped with a warning that counts them. The remaining
     lines keep their bytes.
     """
@@ -88,11 +96,13 @@ def cut_back(path: Path, step: int) -> None:
         source = open(path, "rb")
     except FileNotFoundError:
         return
-    aside = path.with_name(path.name + ".incomplete")
+    aside = path.with_name(path.name + ".incomplete") if workplace is None else workplace.aside(path)
     try:
         with source, open(aside, "wb") as kept:
             changed, damaged = _copy_until(source, kept, step)
-        if changed:
+        if changed and workplace is not None:
+            workplace.place(path)
+        elif changed:
             os.replace(aside, path)
     except OSError as error:
         raise UserError(

@@ -25,7 +25,7 @@ class Worker(threading.Thread):
         super().__init__(name="mlflow", daemon=True)
         self.job = job
         self.run_id: str | None = None
-        self._memory = Memory(job.run_dir / "tracking.json")
+        self._memory = Memory(job.run_dir / "tracking.json", job.workplace)
         self._changed = threading.Condition()
         self._records: collections.deque[dict] = collections.deque()
         self._newest = self._memory.delivered
@@ -84,6 +84,12 @@ class Worker(threading.Thread):
         self._abandoned = True
         if not self._finished or self._lost_pictures or self._refused:
             warn(self._missing())
+
+    def abandon(self) -> None:
+        """Deliver nothing more, the final status included."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify()
 
     def _missing(self) -> str:
         with self._changed:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ddpm_dist.tracking.metrics import Workplace
 from ddpm_dist.tracking.progress import warn
 
 # Limits of MLflow's REST API and stores (mlflow.utils.validation; older servers allow 500 characters per parameter).
@@ -46,6 +47,7 @@ class Job:
     params: dict[str, str]
     tags: dict[str, str] = field(default_factory=dict)
     run_id: str | None = None
+    workplace: Workplace | None = None  # where a new tracking.json is made
 
 
 class Memory:
@@ -54,8 +56,8 @@ class Memory:
     A damaged or unwritable file costs repeated or missing points in MLflow, never an error.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, workplace: Workplace | None = None) -> None:
+        self.path, self._workplace = path, workplace
         self.run_id: str | None = None
         self.delivered = 0
         with suppress(OSError, ValueError, TypeError, KeyError):
@@ -65,10 +67,14 @@ class Memory:
 
     def keep(self, run_id: str, delivered: int) -> None:
         self.run_id, self.delivered = run_id, delivered
-        aside = self.path.with_name(self.path.name + ".incomplete")
+        place = self._workplace
+        aside = self.path.with_name(self.path.name + ".incomplete") if place is None else place.aside(self.path)
         with suppress(OSError):
             aside.write_text(json.dumps({"mlflow_run_id": run_id, "delivered_step": delivered}) + "\n")
-            os.replace(aside, self.path)
+            if place is None:
+                os.replace(aside, self.path)
+            else:
+                place.place(self.path)
 
 
 def open_run(job: Job, memory: Memory):

@@ -14,6 +14,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ddpm_dist.tracking.metrics import Workplace
+
 PADDING = 2  # pixels between images and around them
 BACKGROUND = 255
 VISIBLE = 56  # images are enlarged to about this many pixels
@@ -22,7 +24,12 @@ GREYS, COLORS = 16, 64  # of a GIF
 
 
 def save_grid(
-    images: np.ndarray, path: Path, columns: int, row_labels: list[str] | None = None, scale: int | None = None
+    images: np.ndarray,
+    path: Path,
+    columns: int,
+    row_labels: list[str] | None = None,
+    scale: int | None = None,
+    workplace: Workplace | None = None,
 ) -> None:
     """Save images as a PNG grid, row by row.
 
@@ -32,13 +39,14 @@ def save_grid(
         columns: images per row.
         row_labels: one text per row, written on its left.
         scale: integer enlargement without smoothing; None picks one that makes small images visible.
+        workplace: where the file is made before it is renamed to ``path``; None: beside it.
 
     Raises:
         ValueError: wrong dtype, shape, columns, scale or number of labels.
         OSError: the file cannot be written; an older file at ``path`` stays whole.
     """
     picture = _grid(images, columns, row_labels, scale)
-    _write(path, lambda stream: picture.save(stream, format="PNG", optimize=True))
+    _write(path, lambda stream: picture.save(stream, format="PNG", optimize=True), workplace)
 
 
 def save_gif(
@@ -197,13 +205,16 @@ def _few_colors(pictures: list[Image.Image]) -> list[Image.Image]:
     return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
 
 
-def _write(path: Path, save: Callable[[BinaryIO], object]) -> None:
+def _write(path: Path, save: Callable[[BinaryIO], object], workplace: Workplace | None = None) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".incomplete")
+    aside = path.with_name(path.name + ".incomplete") if workplace is None else workplace.aside(path)
     try:
         with open(aside, "wb") as stream:
             save(stream)
-        os.replace(aside, path)
+        if workplace is None:
+            os.replace(aside, path)
+        else:
+            workplace.place(path)
     finally:
         aside.unlink(missing_ok=True)

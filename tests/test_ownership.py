@@ -1,0 +1,506 @@
+"""One writer per run directory: who may take it, and that an owner that was paused and wakes up changes nothing any more."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, environment, lines, train
+from forked import (
+    Family,
+    contents,
+    is_paused,
+    join,
+    own,
+    resume,
+    save,
+    strike_at,
+    train_and_pause,
+    train_tiny,
+    wait_until,
+)
+
+from ddpm_dist import runtime as runtimes
+from ddpm_dist.checkpoint import Ownership, files, ownership, workplace
+from ddpm_dist.checkpoint.retention import Retention
+from ddpm_dist.errors import UserError
+from ddpm_dist.tracking import Tracker
+
+NEVER = 100.0  # a patience that no test waits for
+
+
+@pytest.fixture(scope="module")
+def alone():
+    runtime = runtimes.start()
+    yield runtime
+    runtimes.finish()
+
+
+@pytest.fixture
+def family():
+    family = Family()
+    yield family
+    family.close()
+
+
+@pytest.fixture
+def taken(tmp_path, alone, monkeypatch):
+    """An owner with three checkpoints whose directory another has just taken, as a requeued SLURM job may at once."""
+    monkeypatch.setattr(ownership, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    run = tmp_path / "run"
+    place, store = own(run, alone, keep_last=5)
+    for step in (1, 2, 3):
+        assert save(store, alone, step) is None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    successor = Ownership(run, NEVER)
+    yield run, place, store, successor
+    successor.release()
+    store.owner.release()
+
+
+def hold(run: Path) -> None:
+    """Own the directory until killed."""
+    Ownership(run, NEVER)
+    (run / "held").touch()
+    signal.pause()
+
+
+def start_holding(family: Family, run: Path):
+    child = family.start(hold, run)
+    wait_until((run / "held").exists)
+    return child
+
+
+# -- who may take it ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_has_one_owner(tmp_path):
+    """Said within a heartbeat or so: the patience of this test would not end."""
+    run = tmp_path / "run"
+    owner = Ownership(run)
+    with pytest.raises(UserError, match=rf"in use by another process \(host .*, pid {os.getpid()}\)"):
+        Ownership(run, NEVER)
+    before = contents(run)
+    other = train(run, "train.images=12", DDPM_DIST_TAKEOVER_SECONDS=str(NEVER))
+    assert other.returncode == 2 and "in use by another process" in other.stderr and str(os.getpid()) in other.stderr
+    assert contents(run) == before
+    owner.release()
+    assert train(run, "train.images=12", DDPM_DIST_TAKEOVER_SECONDS=str(NEVER)).returncode == 0
+
+
+def test_a_dead_owner_is_followed_at_once(tmp_path, family):
+    child = start_holding(family, tmp_path / "run")
+    child.kill()
+    assert family.codes(child) == [-signal.SIGKILL]
+    with open(tmp_path / "run/checkpoints/generation_00000001/owner.json") as another:
+        fcntl.flock(another, fcntl.LOCK_SH)  # who looks at the same moment does not make it look alive
+        Ownership(tmp_path / "run", NEVER).release()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["generation_00000002"]
+
+
+def test_a_silent_owner_is_followed_after_the_timeout(tmp_path, family, capsys):
+    child = start_holding(family, tmp_path / "run")
+    os.kill(child.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    Ownership(tmp_path / "run", patience=0.5).release()
+    assert time.monotonic() - begin >= 0.5
+    said = capsys.readouterr().err
+    assert "taking over" in said and f"pid {child.pid}" in said and "no sign of life" in said
+
+
+def test_an_owner_that_wakes_up_in_time_keeps_its_directory(tmp_path, family):
+    child = start_holding(family, tmp_path / "run")
+    os.kill(child.pid, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(Ownership, tmp_path / "run", NEVER)
+        time.sleep(0.5)
+        assert not waiting.done()
+        resume(child)
+        with pytest.raises(UserError, match="in use"):
+            waiting.result(timeout=60)
+
+
+def take(run: Path, number: int) -> None:
+    """One of five who all find the directory free, and then all at once make the rename that decides."""
+    ownership.HEARTBEAT_SECONDS = 0.1
+
+    def meet(operation: str, path: Path) -> None:
+        if operation == "rename":
+            (run / f"at_the_rename_{number}").touch()
+            wait_until(lambda: len(list(run.glob("at_the_rename_*"))) == 5)
+
+    files.before_operation = meet
+    try:
+        Ownership(run, patience=1.0)
+    except UserError as error:
+        os._exit(2 if "in use by another process" in str(error) else 1)
+    (run / f"winner_{number}").touch()
+    signal.pause()
+
+
+@pytest.mark.parametrize("owner", ["silent", "dead", "released", "none"])
+def test_of_several_takers_one_succeeds(tmp_path, family, owner):
+    run = tmp_path / "run"
+    run.mkdir()
+    if owner == "released":
+        Ownership(run).release()
+    elif owner != "none":
+        child = start_holding(family, run)
+        os.kill(child.pid, signal.SIGSTOP if owner == "silent" else signal.SIGKILL)
+    takers = [family.start(take, run, number) for number in range(5)]
+    wait_until(lambda: sum(taker.exitcode is not None for taker in takers) == 4)
+    winners = [number for number, taker in enumerate(takers) if taker.exitcode is None]
+    assert [taker.exitcode for number, taker in enumerate(takers) if number not in winners] == [2] * 4
+    wait_until((run / f"winner_{winners[0]}").exists)
+    assert len(list(run.glob("winner_*"))) == 1 and len(list(run.glob("checkpoints/generation*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "cluster", "restarts", "at_once"),
+    [("17", "a", "2", True), ("17", "a", "1", False), ("18", "a", "2", False), ("17", "b", "2", False)],
+)
+def test_the_same_slurm_job_started_again_takes_over_at_once(tmp_path, monkeypatch, job, cluster, restarts, at_once):
+    for name, value in (("JOB_ID", "17"), ("CLUSTER_NAME", "a"), ("RESTART_COUNT", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    owner = Ownership(tmp_path)
+    for name, value in (("JOB_ID", job), ("CLUSTER_NAME", cluster), ("RESTART_COUNT", restarts)):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    if at_once:
+        Ownership(tmp_path, NEVER).release()
+        assert owner.workplace.taken_over()
+    else:
+        with pytest.raises(UserError, match="in use .*SLURM job 17"):
+            Ownership(tmp_path, NEVER)
+    owner.release()
+
+
+def test_without_locks_in_the_file_system_only_the_heartbeat_counts(tmp_path, family, monkeypatch, capsys):
+    def unlockable(*arguments):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", unlockable)
+    abandoned = Ownership(tmp_path)
+    abandoned._ended.set()  # as if its host had gone
+    os.close(abandoned._handle)
+    Ownership(tmp_path, patience=0.3).release()
+    assert "no sign of life" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[1]", b'{"generation": 1, "released": "', b'{"generation": 9, "released": true}', b"\xff" * 20, None],
+)
+def test_an_owner_that_cannot_be_read_gets_the_timeout(tmp_path, text, capsys):
+    Ownership(tmp_path).release()
+    path = tmp_path / "checkpoints/generation_00000001/owner.json"
+    path.unlink() if text is None else path.write_bytes(text)
+    Ownership(tmp_path, patience=0.3).release()
+    assert "no sign of life" in capsys.readouterr().err
+
+
+def test_a_wrong_timeout_is_refused(tmp_path):
+    refused = train(tmp_path / "run", "train.images=12", DDPM_DIST_TAKEOVER_SECONDS="soon")
+    assert refused.returncode == 2 and "DDPM_DIST_TAKEOVER_SECONDS=soon" in refused.stderr
+
+
+def test_a_directory_that_was_removed_is_not_made_again(tmp_path, alone):
+    place, store = own(tmp_path / "run", alone)
+    assert save(store, alone, 1) is None
+    shutil.rmtree(tmp_path / "run")
+    assert "was moved or removed" in place.taken_over()
+    assert save(store, alone, 2) is not None
+    store.owner.release()
+    assert not (tmp_path / "run").exists()
+
+
+# -- what is left to a former owner ------------------------------------------------------------------------------------
+
+
+def test_a_former_owner_can_neither_publish_nor_remove_nor_set_aside(taken, alone):
+    run, place, store, successor = taken
+    os.truncate(run / "checkpoints/step_00000001/state.json", 3)  # something that newest() would set aside
+    before = contents(run)
+    wait_until(lambda: store.owner.lost)
+    assert save(store, alone, 4) is not None
+    with pytest.raises(OSError):
+        store._set_aside(run / "checkpoints/step_00000001", "damaged")
+    store._retention = Retention(1, None, 1)
+    assert store._retention.surplus(store.root, saved=3) == [run / "checkpoints/step_00000002"]
+    store._prune(saved=3)
+    store.tidy()
+    store.owner.release()
+    assert contents(run) == before
+    assert re.search(
+        rf"another process \(host .*, pid {os.getpid()}, SLURM job 17\) has taken over", place.taken_over()
+    )
+    assert not successor.lost and successor.workplace.taken_over() is None
+
+
+def test_a_former_owner_cannot_replace_or_remove_the_records(taken):
+    run, place, _, successor = taken
+    (run / "exit.json").write_text("the successor's")
+    before = contents(run)
+    for name in ("exit.json", "config.yaml"):
+        with pytest.raises(OSError):
+            place.write_text(run / name, "the former owner's")
+    place.remove(run / "exit.json")
+    with pytest.raises(OSError):
+        place.renew(run / "exit.json")
+    assert contents(run) == before
+    successor.workplace.write_text(run / "exit.json", "new")
+    assert (run / "exit.json").read_text() == "new"
+    successor.workplace.remove(run / "exit.json")
+    assert not (run / "exit.json").exists()
+
+
+def test_what_a_former_owner_has_open_is_another_file(taken):
+    run, _, _, successor = taken
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    with open(run / "metrics.jsonl", "a") as former:
+        successor.workplace.renew(run / "metrics.jsonl")
+        former.write('{"step": 2}\n')
+    assert (run / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_former_owner_says_no_more_to_mlflow(taken, alone):
+    """The run in MLflow is the successor's now: it must not be called failed, and tracking.json is not touched."""
+    from types import SimpleNamespace
+
+    from mlflow import MlflowClient
+
+    run, place, _, successor = taken
+    uri = f"sqlite:///{run.parent / 'mlflow.db'}"
+    settings = SimpleNamespace(mlflow=True, uri=uri, experiment="e")
+    new = Tracker(run, settings, "run", {}, 0, workplace=successor.workplace)
+    new.log({"step": 1, "loss": 1.0})
+    wait_until(
+        lambda: (run / "tracking.json").exists() and '"delivered_step": 1' in (run / "tracking.json").read_text()
+    )
+    old = Tracker.__new__(Tracker)  # a former owner whose queue still holds a step
+    old.__dict__.update(new.__dict__)
+    from ddpm_dist.tracking.mlflow_queue import Worker
+
+    job = SimpleNamespace(**{**vars(new._worker.job), "workplace": place})
+    old._worker = Worker(job)
+    old._worker.start()
+    old._worker.put_record({"step": 2, "loss": 2.0})
+    wait_until(lambda: old._worker._memory.delivered == 2)
+    before = contents(run)
+    assert '"delivered_step": 1' in (run / "tracking.json").read_text()
+    old._worker.abandon()
+    old._worker.join(20)
+    assert not old._worker.is_alive()
+    assert MlflowClient(uri).get_run(new.run_id).info.status == "RUNNING"
+    assert contents(run) == before
+    new.close("FINISHED")
+    assert MlflowClient(uri).get_run(new.run_id).info.status == "FINISHED"
+
+
+# -- two processes, one of them paused ---------------------------------------------------------------------------------
+
+
+def save_and_pause(run: Path, meeting: Path, k: int | None) -> None:
+    """An owner that pauses before its k-th file operation; ends with 0 if it got everything published."""
+    runtime = join(0, 1, meeting)
+    _, store = own(run, runtime)
+    assert save(store, runtime, 1) is None
+    if k is not None:
+        strike_at(k, signal.SIGSTOP)
+    failure = save(store, runtime, 2) or save(store, runtime, 3)
+    store.owner.release()
+    os._exit(0 if failure is None else 3)
+
+
+def test_an_owner_paused_at_any_file_operation_of_its_saves_publishes_nothing_when_it_wakes_up(tmp_path, family, alone):
+    children, k = [], 0
+    while True:
+        children.append(family.start(save_and_pause, tmp_path / str(k), tmp_path / f"meeting{k}", k))
+        wait_until(lambda child=children[-1]: child.exitcode is not None or is_paused(child))
+        if children[-1].exitcode is not None:
+            assert children.pop().exitcode == 0  # it saw fewer operations than k
+            break
+        k += 1
+    assert k > 25
+    for k, child in enumerate(children):
+        run = tmp_path / str(k)
+        _, store = own(run, alone, patience=0.0)
+        reader = store.newest()
+        assert reader.tensor("model/w").tolist() == [float(reader.step)] * 6
+        assert save(store, alone, 10) is None and save(store, alone, 11) is None
+        before = contents(run)
+        resume(child)
+        assert family.codes(child) in ([3], [0] if reader.step == 3 else [3])
+        assert contents(run) == before, f"woke up at operation {k} and changed something"
+        store.owner.release()
+
+
+OPTIONS = (
+    "train.images=48", "optim.decay_images=48", "train.audit=true", "checkpoint.every=24", "checkpoint.keep_last=1",
+    "sampling.every=24", "sampling.num=1", "diffusion.timesteps=4", "ema.snapshot_every=24",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def beginnings(tmp_path_factory):
+    """Run directories to start from: a new one, and one whose newest checkpoint is damaged and whose owner was killed."""
+    base, family = tmp_path_factory.mktemp("beginnings"), Family()
+    (base / "empty.yaml").write_text("{}\n")
+    options = [*OPTIONS, "train.images=36", "checkpoint.keep_last=5"]
+    assert family.codes(family.start(train_tiny, base / "crashed", base / "log", *options)) == [0]
+    os.truncate(base / "crashed/checkpoints/step_00000003/rank_00000.safetensors", 100)
+    (base / "new").mkdir()
+    assert family.codes(family.start(train_tiny, base / "reference", base / "log", *OPTIONS)) == [0]
+    yield base
+    family.close()
+
+
+def wake_up(base: Path, beginning: str, k: int) -> int | None:
+    """Pause a training at its k-th operation, let another do the work, wake it up: its exit code, None when k is too high."""
+    folder, family = base / f"{beginning}_{k}", Family()
+    shutil.copytree(base / beginning, folder / "run")
+    (folder / "empty.yaml").write_text("{}\n")
+    try:
+        former = family.start(train_and_pause, folder / "run", folder / "former.log", k, *OPTIONS)
+        wait_until(lambda: former.exitcode is not None or is_paused(former))
+        if former.exitcode is not None:
+            assert former.exitcode == 0
+            return None
+        successor = family.start(train_tiny, folder / "run", folder / "successor.log", *OPTIONS)
+        assert family.codes(successor) == [0], (folder / "successor.log").read_text()
+        before = contents(folder / "run")
+        resume(former)
+        (code,) = family.codes(former)
+        said = (folder / "former.log").read_text()
+        after = contents(folder / "run")
+        changed = [name for name in before.keys() | after.keys() if before.get(name, 0) != after.get(name, 0)]
+        assert not changed, f"it changed {changed} (code {code})\n{said}"
+        if code == 0:  # it had published its last checkpoint: its work was done
+            assert "done, 48 images" in (folder / "successor.log").read_text()
+        else:
+            assert "has taken over run directory" in said
+        assert lines(folder / "run/audit.jsonl") == lines(base / "reference/audit.jsonl")
+        assert [line["step"] for line in lines(folder / "run/metrics.jsonl")] == [1, 2, 3, 4]
+        return code
+    finally:
+        family.close()
+
+
+def wake_up_at(base: Path, beginning: str, points: range) -> None:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(lambda k: wake_up(base, beginning, k), points))
+    codes = [code for code in outcomes if code is not None]
+    assert set(codes) <= {0, 1} and codes.count(1) > 0.6 * len(points), codes
+
+
+@pytest.mark.parametrize("beginning", ["new", "crashed"])
+def test_a_training_that_was_paused_anywhere_changes_nothing_when_it_wakes_up(beginnings, beginning):
+    wake_up_at(beginnings, beginning, range(0, 72, 6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beginning", ["new", "crashed"])
+@pytest.mark.parametrize("remainder", range(1, 6))
+def test_the_other_places_where_it_may_be_paused(beginnings, beginning, remainder):
+    wake_up_at(beginnings, beginning, range(remainder, 72, 6))
+
+
+def workers_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def read_so_far(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("paused", ["rank 0", pytest.param("all", marks=pytest.mark.slow)])
+def test_all_ranks_of_a_job_that_was_taken_over_leave_and_change_nothing(tmp_path, paused):
+    """Two ranks under torchrun are stopped, a third process takes over and trains on, and the two are woken up."""
+    run = tmp_path / "run"
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    arguments = ["--config", str(tmp_path / "empty.yaml"), f"run.dir={run}", *TINY, "data.source=synthetic"]
+    arguments += ["train.audit=true", "checkpoint.every=120", "optim.decay_images=1000", "train.images=1_000_000"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    said = tmp_path / "exit.json"
+    with open(tmp_path / "former.log", "wb") as log:
+        former = subprocess.Popen(
+            [*torchrun, "-m", "ddpm_dist.train", *arguments],
+            env=environment(DDPM_DIST_EXIT_JSON=str(said)), stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        wait_until(lambda: read_so_far(run / "audit.jsonl") > 30)
+        ranks = workers_of(former.pid)
+        assert len(ranks) == 2
+        owner = json.loads(next(run.glob("checkpoints/generation_*/owner.json")).read_text())["pid"]
+        for rank in ranks if paused == "all" else [owner]:
+            os.kill(rank, signal.SIGSTOP)
+        step = read_so_far(run / "audit.jsonl")
+        options = (
+            "train.audit=true",
+            "checkpoint.every=120",
+            f"train.images={(step + 20) * 12}",
+            "optim.decay_images=1000",
+        )
+        successor = train(run, *options, DDPM_DIST_TAKEOVER_SECONDS="0")
+        assert successor.returncode == 0, successor.stderr
+        assert f"taking over run directory {run} from host" in successor.stderr and f"pid {owner}" in successor.stderr
+        before = contents(run)
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
+        assert former.wait(60) == 1
+    finally:
+        if former.poll() is None:
+            for pid in [*workers_of(former.pid), former.pid]:
+                os.kill(pid, signal.SIGKILL)
+    assert contents(run) == before
+    words = (tmp_path / "former.log").read_text()
+    assert words.count("has taken over run directory") == 1 and "trainer.py" not in words, words
+    assert json.loads(said.read_text())["code"] == 1  # of the job, not of the run: the launch script gets to know
+    assert [line["step"] for line in lines(run / "audit.jsonl")] == list(range(1, step + 21))
+
+
+def test_checkpoints_on_another_file_system_than_the_run_directory(tmp_path, monkeypatch):
+    """checkpoints/ is a link: nothing can be renamed from there into the run directory, and yet a run goes on."""
+    other = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    try:
+        if other.stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("/dev/shm is the same file system")
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "checkpoints").symlink_to(other)
+        options = ("checkpoint.every=24", "train.audit=true", "sampling.every=24", "sampling.num=1")
+        for images in (24, 48):
+            done = train(run, f"train.images={images}", *options, "optim.decay_images=48")
+            assert done.returncode == 0, done.stderr
+            with open(run / "metrics.jsonl", "a") as metrics:
+                metrics.write('{"step": 3, "of": "another time"}\n' if images == 24 else "")
+        assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
+        assert json.loads((run / "exit.json").read_text())["step"] == 4
+        names = {"audit.jsonl", "checkpoints", "config.yaml", "exit.json", "metrics.jsonl", "samples"}
+        assert {path.name for path in run.iterdir()} == names
+        assert sorted(path.name for path in (run / "samples").iterdir()) == ["step_00000002.png", "step_00000004.png"]
+        owner, plain_copy = Ownership(run), shutil.copyfile
+
+        def copy_and_be_taken_over(source: Path, target: Path) -> None:
+            plain_copy(source, target)
+            os.rename(other / "generation_00000003", other / "generation_00000004")
+
+        monkeypatch.setattr(workplace.shutil, "copyfile", copy_and_be_taken_over)
+        with pytest.raises(FileNotFoundError):
+            owner.workplace.write_text(run / "exit.json", "the former owner's")
+        owner.workplace.remove(run / "exit.json")
+        owner.release()
+        assert json.loads((run / "exit.json").read_text())["step"] == 4
+    finally:
+        shutil.rmtree(other)
