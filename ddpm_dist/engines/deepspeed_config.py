@@ -110,6 +110,8 @@ def generate(config: Config, plan: BatchPlan) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if stage in (1, 2) and not engine.offload_optimizer:
         zero["compute_grad_norm"] = False  # a wait for the device in every step; our guard needs none
+    if stage == 3:
+        zero["memory_efficient_linear"] = False  # it replaces torch's linear by one that rounds differently
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     ours: dict[str, Any] = {
