@@ -185,9 +185,11 @@ def test_compiled_engines_follow_eager_ones(tmp_path):
     common = ["data.source=synthetic", "train.images=72", "train.audit=true"]
     runs = [[f"run.dir={tmp_path}/eager", *common]]
     switched = [*common, "train.compile=true", "train.channels_last=true"]
-    runs += [[f"run.dir={tmp_path}/{name}", *switched, *ENGINES[name]] for name in NAMES]
+    # Stage 3 hangs hooks on every layer, the others none.
+    names = ["zero1", "zero3"]
+    runs += [[f"run.dir={tmp_path}/{name}", *switched, *ENGINES[name]] for name in names]
     several(tmp_path, (2, runs))
-    for name in NAMES:
+    for name in names:
         found = lines(tmp_path / name / "audit.jsonl")
         assert_same_run(lines(tmp_path / "eager/audit.jsonl"), found, name, tolerance=1e-4)
 
