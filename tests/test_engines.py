@@ -255,3 +255,98 @@ def test_a_tree_needs_leaves_that_stay(tmp_path):
     assert train(run, "train.reduction=tree", "train.micro_batch=2", "train.images=24").returncode == 0
     other = train(run, "train.reduction=tree", "train.micro_batch=3", "train.images=48", "optim.decay_images=24")
     assert other.returncode == 2 and "train.micro_batch: 2 in the checkpoint, 3 now" in other.stderr
+
+
+def refused(tmp_path, *overrides: str) -> str:
+    """Start a run that must be refused before anything is written; returns what it said."""
+    result = train(tmp_path / "run", "train.images=24", *overrides)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["engine.name=deepspeed", "engine.zero_stage=4"], ["engine.zero_stage", "got 4"]),
+        (["engine.zero_stage=2"], ["engine.zero_stage is DeepSpeed's", "engine.name=deepspeed"]),
+        (["engine.name=fsdp"], ["engine.name", "ddp", "deepspeed"]),
+        (
+            ["engine.name=deepspeed", "engine.zero_stage=0", "engine.offload_optimizer=true"],
+            ["engine.offload_optimizer needs engine.zero_stage 1, 2 or 3"],
+        ),
+        (
+            ["engine.name=deepspeed", "engine.deepspeed={train_batch_size: 4}"],
+            ["engine.deepspeed.train_batch_size", "train.global_batch"],
+        ),
+        (
+            ["engine.name=deepspeed", "engine.deepspeed={zero_optimization: {stage: 3}}"],
+            ["engine.deepspeed.zero_optimization.stage", "engine.zero_stage"],
+        ),
+        (
+            ["engine.name=deepspeed", "engine.deepspeed={zero_optimization: {round_robin_gradients: true}}"],
+            ["round_robin_gradients is not supported"],
+        ),
+        (
+            ["engine.name=deepspeed", "engine.deepspeed={zero_optimization: {reduce_bucket_siez: 1}}"],
+            ["engine.deepspeed.zero_optimization.reduce_bucket_siez", "DeepSpeed refuses"],
+        ),
+        (
+            # 400 billion parameters: found on the meta device, before anything is allocated
+            ["engine.name=deepspeed", "engine.offload_optimizer=true", "model.width=16384", "model.channel_mults=[1,2,4]"],
+            ["engine.offload_optimizer needs about", "GiB are free"],
+        ),
+        (["engine.name=deepspeed", "engine.param_dtype=bf16"], ["engine.param_dtype=bf16 needs train.precision=bf16"]),
+    ],
+)  # fmt: skip
+def test_an_engine_that_cannot_be_is_refused(tmp_path, overrides, words):
+    said = refused(tmp_path, *overrides)
+    assert all(word in said for word in words), said
+
+
+def test_a_missing_package_names_the_extra(tmp_path):
+    """As where only torch was installed: an import hook hides DeepSpeed."""
+    script = tmp_path / "without.py"
+    script.write_text(
+        "import importlib.util, sys\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'deepspeed' else found(name, *a)\n"
+        "sys.modules['deepspeed'] = None\n"
+        "from ddpm_dist import train\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    arguments = [f"run.dir={tmp_path / 'run'}", *TINY, "data.source=synthetic", "engine.name=deepspeed"]
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    done = subprocess.run(
+        [sys.executable, str(script), "--config", str(tmp_path / "empty.yaml"), *arguments], env=environment(),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "ddpm_dist[deepspeed]" in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_deepspeed_are_passed_through(tmp_path):
+    from ddpm_dist.config import load_config
+    from ddpm_dist.data.order import plan_batches
+    from ddpm_dist.engines.deepspeed_config import generate
+
+    extra = "engine.deepspeed={zero_optimization: {overlap_comm: true, reduce_bucket_size: 1000}, wall_clock_breakdown: true}"
+    config = load_config(None, [*TINY, "engine.name=deepspeed", "engine.zero_stage=2", extra])
+    values = generate(config, plan_batches(12, None, 2), 15_705)
+    assert values["wall_clock_breakdown"] is True
+    zero = values["zero_optimization"]
+    assert (zero["overlap_comm"], zero["reduce_bucket_size"], zero["stage"]) == (True, 1000, 2)
+    assert zero["compute_grad_norm"] is False and zero["allgather_bucket_size"] == 15_706
+    assert values["train_micro_batch_size_per_gpu"] == 6
+
+
+def test_a_checkpoint_of_another_network_lists_names_and_shapes(tmp_path):
+    assert train(tmp_path / "run", "train.images=24").returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    for overrides in (("model.width=8",), ("model.width=8", "engine.name=deepspeed", "engine.zero_stage=3")):
+        other = train(tmp_path / "run", "train.images=48", "optim.decay_images=24", *overrides)
+        assert other.returncode == 2
+        assert "model.width: 4 in the checkpoint, 8 now" in other.stderr
+        assert "inc.double_conv.0.weight: [4, 1, 3, 3] in the file, [8, 1, 3, 3] in the network" in other.stderr
+        assert "more" in other.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")} == before
