@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -98,6 +99,9 @@ def import_deepspeed(runtime: Runtime) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # On a CPU DeepSpeed compiles an operator for inference as soon as it starts: a minute, a compiler, and shared memory for
+    # nothing that training uses.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     return deepspeed
 
 
