@@ -350,3 +350,36 @@ def test_a_checkpoint_of_another_network_lists_names_and_shapes(tmp_path):
         assert "inc.double_conv.0.weight: [4, 1, 3, 3] in the file, [8, 1, 3, 3] in the network" in other.stderr
         assert "more" in other.stderr
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")} == before
+
+
+WATCHED = """
+import os, runpy
+from ddpm_dist.checkpoint.format import Reader
+read = Reader.read
+def watched(self, name, start, stop):
+    with open(os.environ["READS"], "a") as file:
+        file.write(f"{os.environ['RANK']} {name} {stop - start}\\n")
+    return read(self, name, start, stop)
+Reader.read = watched
+runpy.run_path(os.environ["SEVERAL_RUNS"], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_reads_only_what_it_holds(tmp_path, monkeypatch):
+    """A checkpoint of one rank under ZeRO-3 on four: of every kind of state each rank asks for its quarter, nothing twice."""
+    (tmp_path / "watched.py").write_text(WATCHED)
+    monkeypatch.setenv("READS", str(tmp_path / "reads"))
+    common = ["data.source=synthetic", "optim.decay_images=48", f"run.dir={tmp_path / 'run'}"]
+    several(tmp_path, (1, [[*common, "train.images=24"]]))
+    continued = [*common, "train.images=48", *ENGINES["zero3"]]
+    several(tmp_path, (4, [continued]), script=tmp_path / "watched.py")
+    total, asked = 15_705, {}
+    for line in (tmp_path / "reads").read_text().splitlines():
+        rank, name, count = line.split()
+        kind = name.split("/")[0]
+        asked.setdefault(kind, {}).setdefault(rank, 0)
+        asked[kind][rank] += int(count)
+    for kind in ("model", "optim.exp_avg", "optim.exp_avg_sq", "ema.0", "ema.1"):
+        assert len(asked[kind]) == 4 and sum(asked[kind].values()) == total, (kind, asked[kind])
+        assert max(asked[kind].values()) < 0.27 * total
