@@ -38,6 +38,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--fresh", action="store_true", help="refuse to continue: the run directory must be empty")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument(
+        "--accept-data-change", action="store_true", help="continue a run although its data has changed (it is recorded)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=2e-4")
     return parser.parse_args(argv)
 
@@ -62,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         runtimes.catch_stop_signals()  # from here on a stop request waits for a step boundary
         runtime = runtimes.start()
         trainer = Trainer(config, runtime)
-        trainer.prepare(fresh=arguments.fresh)
+        trainer.prepare(arguments.fresh, arguments.accept_data_change)
         code = trainer.run()
         reason = trainer.reason
         runtimes.finish()

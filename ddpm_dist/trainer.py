@@ -22,7 +22,7 @@ from ddpm_dist.engines import check_engine
 from ddpm_dist.errors import OK, REQUEUE, RunFailed, UserError
 from ddpm_dist.flops import peak_flops, training_flops
 from ddpm_dist.models import build_model
-from ddpm_dist.models.weights import initialise_from
+from ddpm_dist.models.weights import check_shapes, initialise_from, network_shapes, shape_differences
 from ddpm_dist.previews import preview
 from ddpm_dist.runtime import Runtime, StopRequest, use_fast_matmuls
 from ddpm_dist.step import TrainStep, learning_rate
@@ -45,8 +45,12 @@ class Trainer:
         self.workplace: Workplace | None = None  # on every rank: where it makes files of the run directory
         self.reason, self.completed = "", 0
 
-    def prepare(self, fresh: bool = False) -> None:
-        """Everything that can be wrong is found here, before anything is written or trained. Raises UserError."""
+    def prepare(self, fresh: bool = False, accept_data_change: bool = False) -> None:
+        """Everything that can be wrong is found here, before anything is written or trained. Raises UserError.
+
+        fresh: the run directory must be empty. accept_data_change: continue although the data is not what the run has been
+        trained on so far; the checkpoints record it.
+        """
         config, runtime = self.config, self.runtime
         self.plan = plan_batches(config.train.global_batch, config.train.micro_batch, runtime.world_size)
         runtime.together(lambda: check_engine(config, self.plan, runtime))
@@ -68,12 +72,13 @@ class Trainer:
         self.store.tidy()
         reader = self.store.newest()
         state = reader.state if reader is not None else {}
+        self.data_changes: list[dict[str, Any]] = list(state.get("data_changes", []))
         self._fix_what_the_start_decides(state)
         self.decoder = None
         if self.index is not None:
             self.decoder = resolve_decoder(state.get("decoder") or config.data.decoder, runtime.device)
         if reader is not None:
-            runtime.together(lambda: self._check_same_run(reader, state))
+            runtime.together(lambda: self._check_same_run(reader, state, accept_data_change))
 
         if reader is None and config.train.init_from:
             runtime.together(lambda: initialise_from(config.train.init_from, network))
@@ -121,26 +126,40 @@ class Trainer:
                 state.get("config", {}).get("optim", {}).get("decay_images") or self.config.train.images
             )
 
-    def _check_same_run(self, reader: Reader, state: dict[str, Any]) -> None:
+    def _check_same_run(self, reader: Reader, state: dict[str, Any], accept_data_change: bool) -> None:
         missing = [key for key in ("config", "data_fingerprint", "scaler", "sums") if key not in state]
         if missing or not isinstance(state["config"], dict):
             raise UserError(
                 f"{reader.folder}/state.json lacks {', '.join(missing) or 'a configuration'}: not written by this program"
             )
         lines = configuration.differences(state["config"], self.config.to_dict())
+        stored = {name.removeprefix("model/"): reader.shape(name) for name in reader.names("model/")}
+        stored |= {name.removeprefix("buffer/"): reader.shape(name) for name in reader.names("buffer/")}
+        wanted = network_shapes(self.config.model.name, self.config.network_keywords())
         if lines:
             raise UserError(
                 f"{self.folder} holds a run with another configuration (checkpoint {reader.folder.name}):\n  "
                 + "\n  ".join(lines)
+                + "".join(f"\n  {line}" for line in shape_differences(stored, wanted))
                 + "\nset these back to continue it, or choose another run.name to start a new run"
             )
+        check_shapes(stored, wanted, str(reader.folder))
         now = self.index.fingerprint if self.index is not None else None
-        if state["data_fingerprint"] != now:
-            raise UserError(
-                f"the data under {self.config.data.shards} is not what {self.folder} was trained on (fingerprint "
-                f"{str(now)[:12]}, was {str(state['data_fingerprint'])[:12]}): samples were added, removed, changed or "
-                "reordered; give the original shards, or choose another run.name to start a new run"
+        before = state["data_fingerprint"]
+        if before == now:
+            return
+        if accept_data_change and before is not None and now is not None:
+            self.data_changes.append({"step": reader.step, "from": before, "to": now})
+            self._say(
+                f"note: the data under {self.config.data.shards} has changed (fingerprint {now[:12]}, was {before[:12]}); "
+                f"accepted from step {reader.step} on and recorded in the checkpoints (data_changes)"
             )
+            return
+        raise UserError(
+            f"the data under {self.config.data.shards} is not what {self.folder} was trained on (fingerprint "
+            f"{str(now)[:12]}, was {str(before)[:12]}): samples were added, removed, changed or reordered; give the original "
+            "shards, choose another run.name to start a new run, or continue on the new data with --accept-data-change"
+        )
 
     def _load(self, reader: Reader, state: dict[str, Any]) -> None:
         try:
@@ -321,6 +340,8 @@ class Trainer:
             "sums": sums,
             "mlflow_run_id": self.tracker.run_id if self.tracker is not None else None,
             "world_size": self.runtime.world_size,
+            "engine": self.config.engine.model_dump(mode="json"),
+            "data_changes": self.data_changes,
         }
         self.store.save(self.completed, self._pieces(), state)
 

@@ -45,7 +45,9 @@ class _Inside(nn.Module):
 
     def __init__(self, network: nn.Module, compiled: bool, input_dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.network = torch.compile(network) if compiled else network
+        self.network = network
+        if compiled:
+            network.compile()  # in place: stage 3 hangs hooks on the modules themselves
         self._input_dtype = input_dtype
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -67,9 +69,10 @@ class DeepSpeedEngine(Engine):
         self.shapes = {name: p.shape for name, p in self._parameters.items()}
         self.buffers = persistent_buffers(network)
         self._optimizer = make_optimizer(list(self._parameters.values()), config.optim)
+        count = sum(shape.numel() for shape in self.shapes.values())
         inside = _Inside(network, config.train.compile, torch.bfloat16 if self._pure else None)
         self._engine, *_ = deepspeed.initialize(
-            model=inside, optimizer=self._optimizer, config=generate(config, plan), dist_init_required=False
+            model=inside, optimizer=self._optimizer, config=generate(config, plan, count), dist_init_required=False
         )
         self._zero = self._engine.optimizer  # of stages 1 to 3; the plain optimizer in stage 0
         if config.train.precision == "fp16":

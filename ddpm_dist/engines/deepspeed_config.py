@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -70,9 +71,10 @@ def check(config: Config, plan: BatchPlan, runtime: Runtime) -> None:
             "engine.name=deepspeed needs the package deepspeed, which is not installed: pip install 'ddpm_dist[deepspeed]' "
             "(from the checkout: pip install -e '.[deepspeed]'), or use engine.name=ddp"
         )
-    values = generate(config, plan)
+    count = count_parameters(config)
+    values = generate(config, plan, count)
     if config.engine.offload_optimizer:
-        _check_host_memory(config, runtime)
+        _check_host_memory(count, runtime)
     import_deepspeed(runtime)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -97,19 +99,38 @@ def import_deepspeed(runtime: Runtime) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # On a CPU DeepSpeed compiles an operator for inference as soon as it starts: a minute, a compiler, and shared memory for
+    # nothing that training uses.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     return deepspeed
 
 
-def generate(config: Config, plan: BatchPlan) -> dict[str, Any]:
-    """The configuration for ``deepspeed.initialize``. UserError for a pass-through option that ours decides."""
+def count_parameters(config: Config) -> int:
+    """Parameters of the configured network, without allocating it."""
+    from ddpm_dist.models import build_model
+
+    with torch.device("meta"):
+        network = build_model(config.model.name, **config.network_keywords())
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def generate(config: Config, plan: BatchPlan, parameters: int) -> dict[str, Any]:
+    """The configuration for ``deepspeed.initialize`` of a network with so many parameters.
+
+    UserError for a pass-through option that ours decides.
+    """
     engine, stage = config.engine, config.engine.stage
     for path in _paths(engine.deepspeed):
         _refuse(path)
     autocast = {"fp16": "float16", "bf16": "bfloat16"}.get(config.train.precision)
     pure = engine.param_dtype == "bf16"
-    zero: dict[str, Any] = {"stage": stage}
+    # DeepSpeed allocates a bucket in full: 2 GB of the default 500 million numbers would be more than a small network itself.
+    bucket = min(500_000_000, parameters + parameters % 2)
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage in (1, 2) and not engine.offload_optimizer:
         zero["compute_grad_norm"] = False  # a wait for the device in every step; our guard needs none
+    if stage == 3:
+        zero["memory_efficient_linear"] = False  # it replaces torch's linear by one that rounds differently
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     ours: dict[str, Any] = {
@@ -165,13 +186,8 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _check_host_memory(config: Config, runtime: Runtime) -> None:
+def _check_host_memory(count: int, runtime: Runtime) -> None:
     """fp32 weights, two moments and a gradient of every parameter live in the memory of the hosts, spread over all ranks."""
-    from ddpm_dist.models import build_model
-
-    with torch.device("meta"):
-        network = build_model(config.model.name, **config.network_keywords())
-    count = sum(parameter.numel() for parameter in network.parameters())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
     # Masters, two moments, gradient, and a staging copy in the parameters' own type.
     needed = count * (4 + 8 + 4 + 4) * local // runtime.world_size

@@ -167,8 +167,8 @@ def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
-def check_shapes(found: _Shapes, wanted: _Shapes, where: str) -> None:
-    """Raise UserError with the first differences between two lists of names and shapes."""
+def shape_differences(found: _Shapes, wanted: _Shapes) -> list[str]:
+    """The first differences between the names and shapes of a file and of a network, one line each."""
     missing = [f"{name}: missing, the network has {list(wanted[name])}" for name in wanted if name not in found]
     unknown = [
         f"{name}: {list(found[name])} in the file, unknown to the network" for name in found if name not in wanted
@@ -178,17 +178,20 @@ def check_shapes(found: _Shapes, wanted: _Shapes, where: str) -> None:
         for name in wanted
         if name in found and found[name] != wanted[name]
     ]
+    shown = [*differing[:3], *missing[:3], *unknown[:3]]
     count = len(missing) + len(unknown) + len(differing)
-    if count:
-        shown = [*differing[:3], *missing[:3], *unknown[:3]]
-        more = f"\n  and {count - len(shown)} more" if count > len(shown) else ""
+    return [*shown, *([f"and {count - len(shown)} more"] if count > len(shown) else [])]
+
+
+def check_shapes(found: _Shapes, wanted: _Shapes, where: str) -> None:
+    """Raise UserError with the first differences between two lists of names and shapes."""
+    lines = shape_differences(found, wanted)
+    if lines:
         raise UserError(
             f"{where}: these are not the weights of this network ({len(found)} tensors, the network has {len(wanted)}):"
             "\n  "
-            + "\n  ".join(shown)
-            + more
-            + "\ncheck the network's name and keywords, or give the file that belongs "
-            "to them"
+            + "\n  ".join(lines)
+            + "\ncheck the network's name and keywords, or give the file that belongs to them"
         )
 
 
