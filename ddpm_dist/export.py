@@ -30,6 +30,7 @@ import ddpm_dist
 from ddpm_dist.checkpoint import files
 from ddpm_dist.checkpoint.find import at_step, held_open, is_checkpoint, newest_intact, run_of
 from ddpm_dist.checkpoint.format import Damaged, Reader
+from ddpm_dist.config import Ema
 from ddpm_dist.errors import UserError, exit_codes
 from ddpm_dist.models.weights import Description, check_shapes, empty_state, file_header, file_order
 from ddpm_dist.reconstruct import reconstruct, sigma_rels_of
@@ -107,11 +108,13 @@ def _check_state(reader: Reader) -> None:
     state = reader.state
     try:
         config, model = state["config"], state["model"]
-        parts = [config["ema"], config["diffusion"], config["sampling"], model["keywords"]]
-        whole = all(isinstance(part, dict) for part in parts) and isinstance(config["ema"]["half_lives"], list)
-        if not (whole and config["data"]["range"] and model["name"] and state["images_seen"] > 0):
+        Ema.model_validate({key: value for key, value in config["ema"].items() if key in Ema.model_fields})
+        parts = [config["diffusion"], config["sampling"], model["keywords"]]
+        if not (all(isinstance(part, dict) for part in parts) and config["data"]["range"] and model["name"]):
             raise ValueError("an entry is not what it should be")
-    except (KeyError, TypeError, ValueError) as error:
+        if not state["images_seen"] > 0:
+            raise ValueError("images_seen is not a number of images")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{reader.folder}/state.json was not written by this program ({type(error).__name__}: {error})"
         ) from None

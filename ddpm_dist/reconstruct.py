@@ -93,10 +93,14 @@ def _snapshots(run: Path, end: Reader) -> list[Reader]:
         except UserError as error:
             print(f"warning: {error}; left out", file=sys.stderr, flush=True)
             continue
-        for key in ("model", "data_fingerprint"):
-            if reader.state.get(key) != end.state.get(key):
-                raise UserError(f"{folder} belongs to another run than {end.folder} ({key} differs): remove it")
-        if sigma_rels_of(reader) != sigma_rels_of(end):
-            raise UserError(f"{folder} belongs to another run than {end.folder} (ema.sigma_rels differ): remove it")
+        try:
+            ours = reader.state["model"] == end.state["model"] and sigma_rels_of(reader) == sigma_rels_of(end)
+            ours = ours and 0 < reader.state["images_seen"] < end.state["images_seen"]
+        except (KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise UserError(
+                f"{folder} has another network or other averages than {end.folder}: remove it, it is not of this run"
+            )
         found.append(reader)
     return found

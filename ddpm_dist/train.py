@@ -39,7 +39,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="refuse to continue: the run directory must be empty")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument(
-        "--accept-data-change", action="store_true", help="continue a run although its data has changed (it is recorded)"
+        "--accept-data-change",
+        action="store_true",
+        help="continue a run although its data has changed (it is recorded)",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=2e-4")
     return parser.parse_args(argv)

@@ -11,7 +11,7 @@ import torch
 
 from ddpm_dist import config as configuration
 from ddpm_dist.audit import Audit
-from ddpm_dist.checkpoint import CheckpointStore, Ownership, Reader, Workplace, reaches
+from ddpm_dist.checkpoint import CheckpointStore, Ownership, Reader, Workplace, published, reaches
 from ddpm_dist.checkpoint.format import Damaged, Piece
 from ddpm_dist.checkpoint.snapshots import Snapshots
 from ddpm_dist.config import Config
@@ -62,6 +62,10 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         network = build_model(config.model.name, **config.network_keywords())
 
+        new = runtime.broadcast(not published(self.folder / "checkpoints") if runtime.is_main else None)
+        if new and config.train.init_from:  # before the folder is owned: weights that do not fit leave nothing behind
+            runtime.together(lambda: initialise_from(config.train.init_from, network))
+
         runtime.together(lambda: self._own_folder(fresh))
         self.workplace = runtime.broadcast(self.owner.workplace if self.owner is not None else None)
 
@@ -80,8 +84,6 @@ class Trainer:
         if reader is not None:
             runtime.together(lambda: self._check_same_run(reader, state, accept_data_change))
 
-        if reader is None and config.train.init_from:
-            runtime.together(lambda: initialise_from(config.train.init_from, network))
         self.step_fn = TrainStep(config, runtime, self.plan, network)
         # On the device: sum of finite losses and steps since the last log line, skipped steps in all and in a row.
         self.sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)

@@ -292,8 +292,7 @@ def test_the_weights_of_another_network_are_refused_with_the_differences(exporte
         "more",
     ):
         assert words in result.stderr, result.stderr
-    left = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert left <= {"exit.json", "owner.json"}, "nothing was written"
+    assert not (tmp_path / "run").exists(), "nothing is touched"
 
 
 # -- averages made after the run ---------------------------------------------------------------------------------------
@@ -326,6 +325,19 @@ def test_a_reconstructed_average_is_the_one_tracked_directly(run, shards, tmp_pa
     average = json.loads((tmp_path / "40.json").read_text())["origin"]["average"]
     assert average["sigma_rel"] == 0.08 and average["reconstructed_from_steps"] == list(range(2, 41, 2))
     assert 1e-3 < average["profile_residual"] < 1e-2
+
+
+def test_a_snapshot_of_another_run_is_refused(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    assert (
+        train(tmp_path / "other", "train.images=48", "ema.snapshot_every=24", "ema.sigma_rels=[0.05]").returncode == 0
+    )
+    shutil.rmtree(tmp_path / "run/snapshots/step_00000004")
+    shutil.copytree(tmp_path / "other/snapshots/step_00000004", tmp_path / "run/snapshots/step_00000004")
+    assert (
+        export.main([str(tmp_path / "run"), "--ema-sigma-rel", "0.08", "--out", str(tmp_path / "m.safetensors")]) == 2
+    )
+    refused(capsys, "step_00000004", "not of this run")
 
 
 def test_a_tracked_width_is_taken_as_it_is(run, tmp_path):

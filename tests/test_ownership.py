@@ -97,7 +97,7 @@ def test_a_run_directory_has_one_owner(tmp_path):
     assert other.returncode == 2 and "in use by another process" in other.stderr and str(os.getpid()) in other.stderr
     assert contents(run) == before
     owner.release()
-    assert train(run, "train.images=12", DDPM_DIST_TAKEOVER_SECONDS=str(NEVER)).returncode == 0
+    Ownership(run, NEVER).release()
 
 
 def test_a_dead_owner_is_followed_at_once(tmp_path, family):
@@ -210,9 +210,15 @@ def test_an_owner_that_cannot_be_read_gets_the_timeout(tmp_path, text, capsys):
     assert "no sign of life" in capsys.readouterr().err
 
 
-def test_a_wrong_timeout_is_refused(tmp_path):
-    refused = train(tmp_path / "run", "train.images=12", DDPM_DIST_TAKEOVER_SECONDS="soon")
-    assert refused.returncode == 2 and "DDPM_DIST_TAKEOVER_SECONDS=soon" in refused.stderr
+def test_the_timeout_comes_from_the_environment(tmp_path, monkeypatch):
+    assert ownership.takeover_seconds() == 60
+    for text, seconds in (("90.5", 90.5), ("0", 6)):  # never so short that a live owner looks silent
+        monkeypatch.setenv("DDPM_DIST_TAKEOVER_SECONDS", text)
+        assert ownership.takeover_seconds() == seconds
+    for text in ("soon", "-1", "nan", "inf", ""):
+        monkeypatch.setenv("DDPM_DIST_TAKEOVER_SECONDS", text)
+        with pytest.raises(UserError, match=f"DDPM_DIST_TAKEOVER_SECONDS={text} is not"):
+            Ownership(tmp_path)
 
 
 def test_a_directory_that_was_removed_is_not_made_again(tmp_path, alone):
@@ -223,6 +229,22 @@ def test_a_directory_that_was_removed_is_not_made_again(tmp_path, alone):
     assert save(store, alone, 2) is not None
     store.owner.release()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_was_removed_and_made_anew_belongs_to_who_made_it(tmp_path, alone, monkeypatch):
+    monkeypatch.setattr(ownership, "HEARTBEAT_SECONDS", 0.05)
+    run = tmp_path / "run"
+    place, store = own(run, alone)
+    shutil.rmtree(run)
+    successor = Ownership(run, NEVER)
+    assert successor.workplace.generation == place.generation
+    wait_until(lambda: store.owner.lost)
+    assert "another process" in place.taken_over() and successor.workplace.taken_over() is None
+    before = contents(run)
+    assert save(store, alone, 1) is not None
+    store.owner.release()
+    assert contents(run) == before
+    successor.release()
 
 
 # -- what is left to a former owner ------------------------------------------------------------------------------------

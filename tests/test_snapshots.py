@@ -185,9 +185,17 @@ def test_state_that_is_not_a_run_is_said(tmp_path, alone, capsys):
     from ddpm_dist import export
 
     place, store = own(tmp_path, alone)
-    store.save(1, [Piece("ema.0/w", (4,), 0, torch.zeros(4))], {"step": 1, "config": {"ema": {}}})
-    assert store.wait() is None
-    assert export.main([str(tmp_path), "--out", str(tmp_path / "m.safetensors")]) == 2
-    assert "was not written by this program" in capsys.readouterr().err
+    ema = {"half_lives": [1.0], "sigma_rels": ["wide"]}
+    states = [
+        {},
+        {"config": {"ema": []}, "model": {}},
+        {"config": {"ema": ema}, "model": {"name": "unet", "keywords": {}}},
+    ]
+    for step, state in enumerate(states, start=1):
+        store.save(step, [Piece("ema.0/w", (4,), 0, torch.zeros(4))], state)
+        assert store.wait() is None
+        assert export.main([str(tmp_path), "--out", str(tmp_path / "m.safetensors")]) == 2
+        assert "was not written by this program" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints"}
     assert json.loads((place.generation / "owner.json").read_text())
     store.owner.release()

@@ -69,7 +69,7 @@ class Ownership:
         except OSError as error:
             self._close()
             place = getattr(self, "workplace", None)
-            words = place.taken_over() if place is not None else None
+            words = place.taken_over() if place is not None and error.errno in GONE else None
             if words is not None:  # by somebody who came right behind this process, or while it was paused here
                 raise RunFailed(words) from None
             raise UserError(f"run directory {folder} cannot be written: {error.strerror}; set run.dir") from None
@@ -89,12 +89,11 @@ class Ownership:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            try:
+            with contextlib.suppress(OSError):  # one that passes is no reason to stop
                 os.utime(self.workplace.generation / OWNER)
-            except OSError:  # a failure that passes is no reason to stop
-                if self.workplace.taken_over() is not None:
-                    self.lost = True
-                    return
+            if self.workplace.taken_over() is not None:
+                self.lost = True
+                return
 
     # -- taking it -----------------------------------------------------------------------------------------------------
 
@@ -103,7 +102,7 @@ class Ownership:
             newest = newest_generation(self.folder)
             number = self._make_first() if newest is None else self._take(newest)
             if number is not None:  # else another process was quicker: look again
-                return Workplace(self.folder, number)
+                return Workplace(self.folder, number, self._me["token"])
         raise UserError(
             f"{self.folder / 'checkpoints'}: its generation folder cannot be taken over (is it a folder, and do other "
             "processes start in this run directory?); choose another run.name"

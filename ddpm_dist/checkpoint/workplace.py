@@ -1,7 +1,7 @@
 """Where the owner of a run directory makes new files, so that nothing of it arrives after another process has taken over.
 
-``checkpoints/generation_N/owner.json`` says who the owner is, ``generation_N/work_N/`` is its workplace: every new version of a file
-is made there and renamed to its place. A takeover renames ``generation_N`` (see ownership.py), and with that every rename of the
+``checkpoints/generation_N/owner.json`` says who the owner is, ``generation_N/work_TOKEN/`` is its workplace: every new version of a
+file is made there and renamed to its place. A takeover renames ``generation_N`` (see ownership.py), and with that every rename of the
 former owner fails.
 """
 
@@ -29,6 +29,7 @@ class Workplace:
 
     folder: Path  # the run directory
     number: int
+    token: str  # of this owner alone
 
     @property
     def generation(self) -> Path:
@@ -36,8 +37,9 @@ class Workplace:
 
     @property
     def work(self) -> Path:
-        # Named after the generation as well: a network file system may know a renamed folder by its old name for a while.
-        return self.generation / f"work_{self.number:08d}"
+        # A name that never comes again: a network file system may know a renamed folder by its old name for a while, and a run
+        # directory that was removed may have been made anew.
+        return self.generation / f"work_{self.token}"
 
     def aside(self, target: Path) -> Path:
         """Where to make the new version of ``target``, a file of the run directory."""
@@ -84,15 +86,17 @@ class Workplace:
         """None while this generation is the owner's (as far as can be known); else what happened, in words."""
         try:
             # Opened rather than looked at: that makes NFS ask the server.
-            os.close(os.open(self.generation / OWNER, os.O_RDONLY))
+            os.close(os.open(self.work, os.O_RDONLY))
             return None
         except OSError as error:
             if error.errno not in GONE:
                 return None
         try:
-            newest = newest_generation(self.folder)
-            if newest is not None and newest > self.number:
-                owner = look(generation_folder(self.folder, newest)).owner
+            newest = newest_generation(self.folder) or 0
+            owner = look(generation_folder(self.folder, newest)).owner
+            mine = owner.get("token") == self.token
+            if newest > self.number or (newest and not mine):
+                owner = {} if mine else owner  # mine: the other has claimed it and not yet said who it is
                 return f"another process ({who(owner)}) has taken over run directory {self.folder}; nothing was written after that"
         except OSError:
             return None
