@@ -145,6 +145,6 @@ def test_print_config_shows_the_result_and_runs_nothing(tmp_path):
 
 
 def test_every_entry_point_explains_itself():
-    for module in ("train", "sample", "pack", "convert", "evaluate"):
+    for module in ("train", "sample", "export", "pack", "convert", "evaluate"):
         result = run_module(f"ddpm_dist.{module}", "--help", cwd=ROOT)
         assert result.returncode == 0 and "usage:" in result.stdout

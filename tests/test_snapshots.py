@@ -186,11 +186,9 @@ def test_state_that_is_not_a_run_is_said(tmp_path, alone, capsys):
 
     place, store = own(tmp_path, alone)
     ema = {"half_lives": [1.0], "sigma_rels": ["wide"]}
-    states = [
-        {},
-        {"config": {"ema": []}, "model": {}},
-        {"config": {"ema": ema}, "model": {"name": "unet", "keywords": {}}},
-    ]
+    whole = {"ema": ema, "diffusion": {}, "sampling": {}, "data": {"range": [-1.0, 1.0]}}
+    model = {"name": "unet", "keywords": {}}
+    states = [{}, {"config": {"ema": []}, "model": {}}, {"config": whole, "model": model, "images_seen": 1}]
     for step, state in enumerate(states, start=1):
         store.save(step, [Piece("ema.0/w", (4,), 0, torch.zeros(4))], state)
         assert store.wait() is None

@@ -9,6 +9,7 @@ lets us (stages 0 to 2; stage 3 always looks at its norm).
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -69,6 +70,7 @@ class DeepSpeedEngine(Engine):
         self.shapes = {name: p.shape for name, p in self._parameters.items()}
         self.buffers = persistent_buffers(network)
         self._optimizer = make_optimizer(list(self._parameters.values()), config.optim)
+        os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))  # DeepSpeed insists, also on a single process
         count = sum(shape.numel() for shape in self.shapes.values())
         inside = _Inside(network, config.train.compile, torch.bfloat16 if self._pure else None)
         self._engine, *_ = deepspeed.initialize(
