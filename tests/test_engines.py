@@ -383,3 +383,9 @@ def test_a_rank_reads_only_what_it_holds(tmp_path, monkeypatch):
     for kind in ("model", "optim.exp_avg", "optim.exp_avg_sq", "ema.0", "ema.1"):
         assert len(asked[kind]) == 4 and sum(asked[kind].values()) == total, (kind, asked[kind])
         assert max(asked[kind].values()) < 0.27 * total
+
+
+def test_deepspeed_on_a_single_process_without_a_launcher(tmp_path):
+    result = train(tmp_path / "run", "train.images=24", *ENGINES["zero2"])
+    assert result.returncode == 0, result.stderr
+    assert train(tmp_path / "run", "train.images=36", "optim.decay_images=24").returncode == 0
