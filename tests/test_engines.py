@@ -292,6 +292,10 @@ def refused(tmp_path, *overrides: str) -> str:
             ["engine.deepspeed.zero_optimization.reduce_bucket_siez", "DeepSpeed refuses"],
         ),
         (
+            ["engine.name=deepspeed", "engine.deepspeed={zero_optimisation: {overlap_comm: true}}"],
+            ["engine.deepspeed.zero_optimisation", "did you mean zero_optimization?"],
+        ),
+        (
             # 400 billion parameters: found on the meta device, before anything is allocated
             ["engine.name=deepspeed", "engine.offload_optimizer=true", "model.width=16384", "model.channel_mults=[1,2,4]"],
             ["engine.offload_optimizer needs about", "GiB are free"],

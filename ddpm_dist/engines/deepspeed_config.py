@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import os
@@ -54,6 +55,7 @@ UNSUPPORTED = {
     "zero_optimization.zenflow": "it changes the order of updates",
     "zero_optimization.super_offload": "it changes the optimizer",
     "zero_optimization.legacy_stage1": "it is gone from DeepSpeed",
+    "gradient_allreduce_op": "the loss is scaled for an average",
     "compression_training": "it changes the network",
     "data_efficiency": "the order of the data is ours",
     "curriculum_learning": "the order of the data is ours",
@@ -62,6 +64,13 @@ UNSUPPORTED = {
     "elasticity": "every world size that divides the global batch can resume anyway",
     "load_universal_checkpoint": "checkpoints are ours",
 }
+# What else DeepSpeed reads at the top level. It ignores every other word silently, so a typing error would do nothing.
+PASSED_ON = (
+    "zero_optimization", "torch_autocast", "communication_data_type", "seq_parallel_communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "flops_profiler", "comms_logger", "compile",
+    "activation_checkpointing", "aio", "graph_harvesting", "disable_python_gc",
+)  # fmt: skip
 
 
 def check(config: Config, plan: BatchPlan, runtime: Runtime) -> None:
@@ -176,6 +185,11 @@ def _refuse(path: str) -> None:
         raise UserError(f"engine.deepspeed.{path} conflicts with {OWNED[path]}, which decides it: set that one instead")
     if path in UNSUPPORTED:
         raise UserError(f"engine.deepspeed.{path} is not supported: {UNSUPPORTED[path]}; leave it out")
+    known = [*PASSED_ON, "torch_autocast.lower_precision_safe_modules"]
+    if path not in known and ("." not in path or path.startswith("torch_autocast.")):
+        close = difflib.get_close_matches(path, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it knows {', '.join(known)}"
+        raise UserError(f"engine.deepspeed.{path}: DeepSpeed has no such option; {hint}")
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

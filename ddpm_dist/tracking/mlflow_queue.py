@@ -166,7 +166,7 @@ class Worker(threading.Thread):
                 idle = not (self._records or self._pictures or self._behind)
                 if idle and self._status is not None:
                     break
-                if idle:
+                if idle and not self._abandoned:
                     self._changed.wait()
         if not self._abandoned:
             self._client.set_terminated(self.run_id, status=self._status)
