@@ -45,7 +45,6 @@ class Loop:
 
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.trainer, self.runtime = Trainer(config, runtime), runtime
-        self.trainer.tracker = None
         self.trainer.prepare()
         self.loader = self.trainer.open_loader()
 

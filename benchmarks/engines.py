@@ -133,13 +133,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     parameters = count_parameters(config)
     averages = len(config.ema.half_lives) + len(config.ema.sigma_rels)
     engines: dict[str, Any] = {}
-    for number, name in enumerate(ENGINES):
-        stage = None if name == "DDP" else number - 1
+    for name in args.engines:
+        stage = None if name == "DDP" else int(name.removeprefix("ZeRO-"))
         engines[name] = {"calculated": calculated(parameters, args.processes, averages, stage)}
     if not args.calculate:
-        turns: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
+        turns: dict[str, list[dict[str, float]]] = {name: [] for name in args.engines}
         for number in range(args.repeats):
-            for name in list(ENGINES)[:: 1 if number % 2 == 0 else -1]:
+            for name in args.engines[:: 1 if number % 2 == 0 else -1]:
                 turns[name].append(turn(args, name))
         for name, entry in engines.items():
             own = [result["images_per_sec"] for result in turns[name]]
@@ -179,6 +179,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     gpus = torch.cuda.device_count()
     parser.add_argument("--config", default="cifar64")
+    parser.add_argument(
+        "--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), help="DDP is always among them"
+    )
     parser.add_argument("--processes", type=int, default=gpus or 2, help="ranks (default: GPUs of this node, else 2)")
     parser.add_argument("--batch", type=int, default=64 if gpus else 1, help="images per rank and step")
     parser.add_argument("--steps", type=int, default=20 if gpus else 4, help="timed steps per turn")
@@ -193,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("processes", "batch", "steps", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    args.engines = [name for name in ENGINES if name in {*args.engines, "DDP"}]
     if args.worker:
         worker(args)
         return 0

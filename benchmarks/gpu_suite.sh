@@ -41,6 +41,8 @@ step gpu_tests 150 "$python" -m pytest -q -m gpu --junitxml="$out/gpu_tests.xml"
 throughput train_b256 110 --batch 256 --repeats 5 --steps 15 --no-reference
 throughput train_b128_vs_reference 120 --batch 128 --repeats 5 --steps 8
 throughput train_b32 60 --batch 32 --repeats 5 --steps 30 --no-reference
+step ema 30 "$python" -m benchmarks.ema --json "$out/ema.json"
+step checkpoint 70 "$python" -m benchmarks.checkpoint --repeats 2 --json "$out/checkpoint.json" train.compile=false
 throughput train_b256_eager 60 --batch 256 --repeats 3 --steps 10 --no-reference train.compile=false
 
 # The logs are folded into one file: what a machine sends back may be limited to a few files.

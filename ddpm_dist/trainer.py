@@ -44,6 +44,8 @@ class Trainer:
         self.owner: Ownership | None = None  # on rank 0
         self.workplace: Workplace | None = None  # on every rank: where it makes files of the run directory
         self.reason, self.completed = "", 0
+        self.tracker: Tracker | None = None
+        self.snapshots: Snapshots | None = None
 
     def prepare(self, fresh: bool = False, accept_data_change: bool = False) -> None:
         """Everything that can be wrong is found here, before anything is written or trained. Raises UserError.
@@ -333,7 +335,8 @@ class Trainer:
         return [*step.ema.pieces(), *buffers], self._facts()
 
     def _save(self) -> None:
-        self.snapshots.wait()  # a checkpoint never comes before the snapshots of the steps before it
+        if self.snapshots is not None:
+            self.snapshots.wait()  # a checkpoint never comes before the snapshots of the steps before it
         sums = self.sums.tolist()
         state = {
             **self._facts(),
