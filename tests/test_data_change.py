@@ -81,7 +81,8 @@ CHANGES = {
 def test_a_change_is_refused_and_harms_nothing(tmp_path, trained, change):
     shutil.copytree(trained / "run", tmp_path / "run")
     shards = CHANGES[change](trained, tmp_path / "shards")
-    before = {path: path.read_bytes() for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in (tmp_path / "run/checkpoints").glob("step_*/*")}
+    assert before
     records = (tmp_path / "run/audit.jsonl").read_bytes()
     result = train(tmp_path / "run", "train.images=72", *OPTIONS, shards=shards)
     assert result.returncode == 2 and "fingerprint" in result.stderr and "--accept-data-change" in result.stderr
