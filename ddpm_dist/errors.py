@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 
 OK = 0
@@ -37,6 +40,8 @@ def exit_codes(main: Callable[..., int | None]) -> Callable[..., int]:
             if rank == "0" or getattr(error, "one_rank", False):
                 prefix = f"error (rank {rank}): " if rank != "0" else "error: "
                 print(f"{prefix}{error}", file=sys.stderr, flush=True)
+            else:
+                _let_rank_0_speak()
             return BAD_USAGE
         except RunFailed as error:
             if os.environ.get("RANK", "0") == "0":
@@ -47,6 +52,13 @@ def exit_codes(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130
 
     return wrapped
+
+
+def _let_rank_0_speak() -> None:
+    """Rank 0 meets the same bad input and has to say and record it; a launcher ends it as soon as another rank has left."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(10)
 
 
 def leave(code: int) -> None:
