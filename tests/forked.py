@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import multiprocessing.process
 import os
 import re
 import signal
@@ -43,6 +44,9 @@ class Family:
     def start(self, function: Callable, *arguments: Any) -> multiprocessing.Process:
         child = CONTEXT.Process(target=function, args=arguments)
         child.start()
+        # Starting another child from another thread would look at this one's exit as well, and of two that look at the same time
+        # one reads nothing and takes it for the code 255.
+        multiprocessing.process._children.discard(child)
         self._children.append(child)
         return child
 
