@@ -386,7 +386,7 @@ def read_yaml(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: extends must be the path of one other config file")
     parent_path = path.parent / parent
     base = read_yaml(parent_path if parent_path.is_file() else find_config(parent), (*_seen, path))
-    return _merge(base, values)
+    return merge(base, values)
 
 
 def parse_yaml(text: str) -> Any:
@@ -418,11 +418,12 @@ def _refuse_duplicates(node: yaml.Node | None) -> None:
             _refuse_duplicates(item)
 
 
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over each other; where both have a value, that of ``top`` counts."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 

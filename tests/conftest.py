@@ -68,3 +68,23 @@ def digit_shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "digits"
     pack("digits", folder, samples_per_shard=500)
     return folder
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A job of one process."""
+    from ddpm_dist import runtime as runtimes
+
+    runtime = runtimes.start()
+    yield runtime
+    runtimes.finish()
+
+
+@pytest.fixture
+def family():
+    """Children forked from a warm process; none is left behind."""
+    from forked import Family
+
+    family = Family()
+    yield family
+    family.close()

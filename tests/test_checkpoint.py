@@ -16,20 +16,12 @@ from conftest import environment, lines, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_dist import runtime as runtimes
 from ddpm_dist.checkpoint import CheckpointStore, Piece, files, open_checkpoint, published, reaches
 from ddpm_dist.checkpoint.format import Damaged, Reader, check_files, manifest_text, read_manifest, write_pieces
 from ddpm_dist.engines.partition import partition
 from ddpm_dist.errors import UserError
 
 SHAPES = {"a": torch.Size([5, 3]), "b": torch.Size([]), "c": torch.Size([7]), "d": torch.Size([2, 3, 4, 5])}
-
-
-@pytest.fixture(scope="module")
-def alone():
-    runtime = runtimes.start()
-    yield runtime
-    runtimes.finish()
 
 
 @given(sizes=st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=8), world=st.integers(1, 9))

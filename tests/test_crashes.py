@@ -11,27 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Family, join, own, save, strike_at, wait_until
+from forked import join, own, save, strike_at, wait_until
 
-from ddpm_dist import runtime as runtimes
 from ddpm_dist.checkpoint import Ownership, files, published
 from ddpm_dist.errors import UserError
 
 FAILED = 3
-
-
-@pytest.fixture(scope="module")
-def alone():
-    runtime = runtimes.start()
-    yield runtime
-    runtimes.finish()
-
-
-@pytest.fixture
-def family():
-    family = Family()
-    yield family
-    family.close()
 
 
 def steps(run: Path) -> list[int]:

@@ -22,27 +22,12 @@ from forked import (
     wait_until,
 )
 
-from ddpm_dist import runtime as runtimes
 from ddpm_dist.checkpoint import Ownership, files, ownership
 from ddpm_dist.checkpoint.retention import Retention
 from ddpm_dist.errors import UserError
 from ddpm_dist.tracking import Tracker
 
 NEVER = 100.0  # a patience that no test waits for
-
-
-@pytest.fixture(scope="module")
-def alone():
-    runtime = runtimes.start()
-    yield runtime
-    runtimes.finish()
-
-
-@pytest.fixture
-def family():
-    family = Family()
-    yield family
-    family.close()
 
 
 @pytest.fixture

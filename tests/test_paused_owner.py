@@ -28,22 +28,7 @@ from forked import (
     wait_until,
 )
 
-from ddpm_dist import runtime as runtimes
 from ddpm_dist.checkpoint import Ownership, workplace
-
-
-@pytest.fixture(scope="module")
-def alone():
-    runtime = runtimes.start()
-    yield runtime
-    runtimes.finish()
-
-
-@pytest.fixture
-def family():
-    family = Family()
-    yield family
-    family.close()
 
 
 def save_and_pause(run: Path, meeting: Path, k: int | None) -> None:

@@ -11,18 +11,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ddpm_dist import runtime as runtimes
 from ddpm_dist.checkpoint import CheckpointStore, Ownership, Piece, files, open_checkpoint, published, reaches
 from ddpm_dist.errors import UserError
 
 GLOBAL_BATCH = 10
-
-
-@pytest.fixture(scope="module")
-def alone():
-    runtime = runtimes.start()
-    yield runtime
-    runtimes.finish()
 
 
 def pieces(value: float, poisoned: str = "", poison: float = float("nan")) -> list[Piece]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ddpm_dist.config import Config
+from ddpm_dist.config import Config, merge
 from ddpm_dist.data.order import BatchPlan
 from ddpm_dist.errors import UserError
 from ddpm_dist.runtime import Runtime
@@ -167,7 +167,7 @@ def generate(config: Config, plan: BatchPlan, parameters: int) -> dict[str, Any]
             ours["data_types"] = {"grad_accum_dtype": "bf16"}
         else:
             ours["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(ours, engine.deepspeed)
+    return merge(ours, engine.deepspeed)
 
 
 def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -190,14 +190,6 @@ def _refuse(path: str) -> None:
         close = difflib.get_close_matches(path, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"it knows {', '.join(known)}"
         raise UserError(f"engine.deepspeed.{path}: DeepSpeed has no such option; {hint}")
-
-
-def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(ours)
-    for key, value in theirs.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _check_host_memory(count: int, runtime: Runtime) -> None:
