@@ -53,7 +53,7 @@ class Loop:
         start = time.perf_counter()
         result = self.trainer.step_fn(self.trainer.completed, self.loader)
         self.trainer.completed += 1
-        self.trainer._account(result)
+        self.trainer.records.account(result)
         if save:
             self.trainer._save()
         self.wait()

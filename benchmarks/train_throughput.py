@@ -66,7 +66,7 @@ def our_loop(config: Config, runtime: Runtime) -> tuple[Contender, Callable[[], 
     def step() -> None:
         result = trainer.step_fn(trainer.completed, loader)
         trainer.completed += 1
-        trainer._account(result)
+        trainer.records.account(result)
 
     def close() -> None:
         loader.close()

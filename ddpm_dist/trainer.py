@@ -9,25 +9,22 @@ from typing import Any
 
 import torch
 
-from ddpm_dist import config as configuration
-from ddpm_dist.audit import Audit
 from ddpm_dist.checkpoint import CheckpointStore, Ownership, Reader, Workplace, published, reaches
 from ddpm_dist.checkpoint.format import Damaged, Piece
 from ddpm_dist.checkpoint.snapshots import Snapshots
 from ddpm_dist.config import Config
+from ddpm_dist.continuation import check_same_data, check_same_run
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches, synthetic_batches
 from ddpm_dist.data.shards import Index
 from ddpm_dist.engines import check_engine
 from ddpm_dist.errors import OK, REQUEUE, RunFailed, UserError
-from ddpm_dist.flops import peak_flops, training_flops
 from ddpm_dist.models import build_model
-from ddpm_dist.models.weights import check_shapes, initialise_from, network_shapes, shape_differences
+from ddpm_dist.models.weights import initialise_from
 from ddpm_dist.previews import preview
+from ddpm_dist.records import Records
 from ddpm_dist.runtime import Runtime, StopRequest, use_fast_matmuls
-from ddpm_dist.step import TrainStep, learning_rate
-from ddpm_dist.tracking import Tracker, cut_back
-from ddpm_dist.tracking.progress import Progress
+from ddpm_dist.step import TrainStep
 
 PACK_HINT = (
     "Pack one first, for example:\n"
@@ -44,7 +41,7 @@ class Trainer:
         self.owner: Ownership | None = None  # on rank 0
         self.workplace: Workplace | None = None  # on every rank: where it makes files of the run directory
         self.reason, self.completed = "", 0
-        self.tracker: Tracker | None = None
+        self.records: Records | None = None
         self.snapshots: Snapshots | None = None
 
     def prepare(self, fresh: bool = False, accept_data_change: bool = False) -> None:
@@ -78,17 +75,17 @@ class Trainer:
         self.store.tidy()
         reader = self.store.newest()
         state = reader.state if reader is not None else {}
-        self.data_changes: list[dict[str, Any]] = list(state.get("data_changes", []))
+        self.data_changes: list[dict[str, Any]] = []
         self._fix_what_the_start_decides(state)
         self.decoder = None
         if self.index is not None:
             self.decoder = resolve_decoder(state.get("decoder") or config.data.decoder, runtime.device)
         if reader is not None:
-            runtime.together(lambda: self._check_same_run(reader, state, accept_data_change))
+            runtime.together(lambda: self._check_same_run(reader, accept_data_change))
 
         self.step_fn = TrainStep(config, runtime, self.plan, network)
-        # On the device: sum of finite losses and steps since the last log line, skipped steps in all and in a row.
-        self.sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
+        epoch_size = len(self.index.samples) if self.index is not None else None
+        self.records = Records(config, runtime, self.plan.global_batch, epoch_size)
         if reader is not None:
             runtime.together(lambda: self._load(reader, state))
         self.mlflow_run_id = state.get("mlflow_run_id")
@@ -130,40 +127,10 @@ class Trainer:
                 state.get("config", {}).get("optim", {}).get("decay_images") or self.config.train.images
             )
 
-    def _check_same_run(self, reader: Reader, state: dict[str, Any], accept_data_change: bool) -> None:
-        missing = [key for key in ("config", "data_fingerprint", "scaler", "sums") if key not in state]
-        if missing or not isinstance(state["config"], dict):
-            raise UserError(
-                f"{reader.folder}/state.json lacks {', '.join(missing) or 'a configuration'}: not written by this program"
-            )
-        lines = configuration.differences(state["config"], self.config.to_dict())
-        stored = {name.removeprefix("model/"): reader.shape(name) for name in reader.names("model/")}
-        stored |= {name.removeprefix("buffer/"): reader.shape(name) for name in reader.names("buffer/")}
-        wanted = network_shapes(self.config.model.name, self.config.network_keywords())
-        if lines:
-            raise UserError(
-                f"{self.folder} holds a run with another configuration (checkpoint {reader.folder.name}):\n  "
-                + "\n  ".join(lines)
-                + "".join(f"\n  {line}" for line in shape_differences(stored, wanted))
-                + "\nset these back to continue it, or choose another run.name to start a new run"
-            )
-        check_shapes(stored, wanted, str(reader.folder))
-        now = self.index.fingerprint if self.index is not None else None
-        before = state["data_fingerprint"]
-        if before == now:
-            return
-        if accept_data_change and before is not None and now is not None:
-            self.data_changes.append({"step": reader.step, "from": before, "to": now})
-            self._say(
-                f"note: the data under {self.config.data.shards} has changed (fingerprint {now[:12]}, was {before[:12]}); "
-                f"accepted from step {reader.step} on and recorded in the checkpoints (data_changes)"
-            )
-            return
-        raise UserError(
-            f"the data under {self.config.data.shards} is not what {self.folder} was trained on (fingerprint "
-            f"{str(now)[:12]}, was {str(before)[:12]}): samples were added, removed, changed or reordered; give the original "
-            "shards, choose another run.name to start a new run, or continue on the new data with --accept-data-change"
-        )
+    def _check_same_run(self, reader: Reader, accept_data_change: bool) -> None:
+        check_same_run(reader, self.config)
+        fingerprint = self.index.fingerprint if self.index is not None else None
+        self.data_changes = check_same_data(reader, self.config, fingerprint, accept_data_change, self._say)
 
     def _load(self, reader: Reader, state: dict[str, Any]) -> None:
         try:
@@ -172,12 +139,12 @@ class Trainer:
         except (Damaged, KeyError, RuntimeError) as error:  # whole, but not written by this program
             raise UserError(f"checkpoint {reader.folder} does not fit its own configuration: {error}") from None
         self.completed = reader.step
-        self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))  # the same on every rank
+        self.records.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))  # the same on every rank
         self.store.saved_step = reader.step
 
     def run(self) -> int:
         """Train to the budget or until asked to stop. Returns 0 (done) or 75 (stopped, start me again)."""
-        config, runtime = self.config, self.runtime
+        config, runtime, records = self.config, self.runtime, self.records
         self.snapshots = Snapshots(
             self.folder, runtime, config.ema.snapshot_every, self.plan.global_batch, self.workplace.work
         )
@@ -195,11 +162,11 @@ class Trainer:
         reason, failure = None, None
         try:
             while self.completed < self.total_steps and reason is None:
-                result = self.step_fn(self.completed, loader, self.audit)
+                result = self.step_fn(self.completed, loader, records.audit)
                 self.completed += 1
-                self._account(result)
-                self._audit()
-                self._log(result, loader)
+                records.account(result)
+                records.write_audit(self.completed, self._pieces)
+                records.log(self.completed, result, loader)
                 self._preview()
                 if reaches(self.completed, self.plan.global_batch, config.checkpoint.every):
                     self._save()
@@ -244,63 +211,6 @@ class Trainer:
 
     # -- what a step leaves behind -------------------------------------------------------------------------------------
 
-    def _account(self, result: Any) -> None:
-        done = 1.0 - result.skipped
-        loss = torch.where(result.skipped > 0, 0.0, result.loss)
-        self.sums[0] += loss
-        self.sums[1] += done
-        self.sums[2] += result.skipped
-        self.sums[3] = (self.sums[3] + 1) * result.skipped
-
-    def _audit(self) -> None:
-        if self.audit is not None:
-            every = self.config.train.audit_params_every
-            self.audit.write(self.completed, self._pieces() if every and self.completed % every == 0 else None)
-
-    def _log(self, result: Any, loader: Loader) -> None:
-        train = self.config.train
-        last = self.completed == self.total_steps
-        if self.completed % min(train.log_every, train.max_skipped_steps) and not last:
-            return
-        loss_sum, steps, skipped, in_a_row, grad_norm = [*self.sums.tolist(), float(result.grad_norm)]
-        if in_a_row >= train.max_skipped_steps:
-            raise RunFailed(
-                f"the loss or its gradient was not finite for {int(in_a_row)} steps in a row, last at step {self.completed}: "
-                "lower optim.lr, set train.grad_clip, or use train.precision=bf16 or fp32; the newest checkpoint is intact"
-            )
-        if self.completed % train.log_every and not last:
-            return
-        now = time.monotonic()
-        seconds = max(now - self._interval_start - self._paused, 1e-9)
-        images = (self.completed - self._interval_step) * self.plan.global_batch
-        seen = self.completed * self.plan.global_batch
-        rate = images / seconds
-        epoch_size = len(self.index.samples) if self.index is not None else None
-        record = {
-            "step": self.completed,
-            "images_seen": seen,
-            "epoch": seen / epoch_size if epoch_size else None,
-            "loss": loss_sum / steps if steps else None,
-            "lr": learning_rate(self.config.optim, seen - self.plan.global_batch, self.plan.global_batch),
-            "grad_norm": grad_norm,
-            "skipped_steps": int(skipped),
-            "images_per_sec": rate,
-            "data_wait_frac": min(1.0, (loader.seconds_waited - self._interval_wait) / seconds),
-            "mfu": rate * self._flops / self._peak if self._peak else None,
-            "gpu_mem_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
-            "time": time.time(),
-        }
-        self.last_record = record
-        if self.tracker is not None:
-            self.tracker.log(record)
-            self.progress.update(record)
-        self.sums[:2] = 0
-        self._begin_interval(loader)
-
-    def _begin_interval(self, loader: Loader) -> None:
-        self._interval_start, self._interval_step = time.monotonic(), self.completed
-        self._interval_wait, self._paused = loader.seconds_waited, 0.0
-
     def _preview(self) -> None:
         sampling = self.config.sampling
         if not reaches(self.completed, self.plan.global_batch, sampling.every):
@@ -310,9 +220,9 @@ class Trainer:
         step = self.step_fn
         weights = {**step.ema.gather(0), **step.engine.buffers}
         preview(self.config, self.runtime, weights, step.schedule, path, self.workplace)
-        if self.tracker is not None:
-            self.tracker.picture(path, self.completed)
-        self._paused += time.monotonic() - start
+        if self.records.tracker is not None:
+            self.records.tracker.picture(path, self.completed)
+        self.records.pause(time.monotonic() - start)
 
     def _pieces(self) -> list:
         return [*self.step_fn.engine.pieces(), *self.step_fn.ema.pieces()]
@@ -337,67 +247,37 @@ class Trainer:
     def _save(self) -> None:
         if self.snapshots is not None:
             self.snapshots.wait()  # a checkpoint never comes before the snapshots of the steps before it
-        sums = self.sums.tolist()
+        tracker = self.records.tracker
         state = {
             **self._facts(),
             "decoder": self.decoder,
             "scaler": self.step_fn.engine.scaler_state(),
-            "sums": sums,
-            "mlflow_run_id": self.tracker.run_id if self.tracker is not None else None,
+            "sums": self.records.sums.tolist(),
+            "mlflow_run_id": tracker.run_id if tracker is not None else None,
             "world_size": self.runtime.world_size,
             "engine": self.config.engine.model_dump(mode="json"),
             "data_changes": self.data_changes,
         }
         self.store.save(self.completed, self._pieces(), state)
 
-    # -- records -------------------------------------------------------------------------------------------------------
-
     def _open_records(self) -> None:
-        """Cut the records back to the checkpoint and open them; rank 0 writes, the others have none."""
-        config, runtime = self.config, self.runtime
-        self.tracker = self.progress = self.last_record = None
-        runtime.together(self._cut_records)
-        if runtime.is_main:
-            budget = self.total_steps * self.plan.global_batch
-            self.progress = Progress(budget, self.completed * self.plan.global_batch, enabled=True)
-            start = f"continuing at step {self.completed:,}" if self.completed else "starting"
+        config, plan = self.config, self.plan
+        self.records.open(self.completed, self.total_steps, self.mlflow_run_id, self.workplace)
+        start = f"continuing at step {self.completed:,}" if self.completed else "starting"
+        parameters = sum(shape.numel() for shape in self.step_fn.engine.shapes.values())
+        ranks = self.runtime.world_size
+        self._say(
+            f"{config.run.name}: {start} with {parameters:,} parameters on {ranks} {self.runtime.device.type} rank(s); global "
+            f"batch {plan.global_batch} = {plan.micro_batch} per rank x {ranks} ranks x {plan.accumulation} accumulation"
+        )
+        if config.optim.schedule != "constant" and config.train.images > config.optim.decay_images + plan.global_batch:
             self._say(
-                f"{config.run.name}: {start} with {sum(shape.numel() for shape in self.step_fn.engine.shapes.values()):,} parameters on "
-                f"{runtime.world_size} {runtime.device.type} rank(s); global batch {self.plan.global_batch} = "
-                f"{self.plan.micro_batch} per rank x {runtime.world_size} ranks x {self.plan.accumulation} accumulation"
+                f"note: optim.schedule={config.optim.schedule} ends at {config.optim.decay_images:,} images (fixed at the "
+                f"first start); up to train.images={config.train.images:,} the learning rate stays 0. For a longer "
+                "schedule start a new run under another run.name"
             )
-            if config.optim.schedule != "constant" and budget > config.optim.decay_images + self.plan.global_batch:
-                self._say(
-                    f"note: optim.schedule={config.optim.schedule} ends at {config.optim.decay_images:,} images (fixed at the "
-                    f"first start); up to train.images={config.train.images:,} the learning rate stays 0. For a longer "
-                    "schedule start a new run under another run.name"
-                )
-        self.audit = None
-        if config.train.audit:
-            self.audit = Audit(self.folder / "audit.jsonl", runtime, self.plan.global_batch)
         # Asked after the files are open: whoever takes over later puts others in their place.
-        runtime.together(self._check_owner)
-
-    def _cut_records(self) -> None:
-        if not self.runtime.is_main:
-            return
-        config = self.config
-        try:
-            self.workplace.write_text(self.folder / "config.yaml", config.to_yaml())
-            cut_back(self.folder / "audit.jsonl", self.completed, self.workplace)
-            self.tracker = Tracker(
-                self.folder,
-                config.tracking,
-                config.run.name,
-                config.to_dict(),
-                self.completed,
-                run_id=self.mlflow_run_id,
-                workplace=self.workplace,
-            )
-        except OSError as error:
-            raise UserError(
-                f"run directory {self.folder} cannot be written: {error.strerror}; make room or set run.dir"
-            ) from None
+        self.runtime.together(self._check_owner)
 
     def open_loader(self) -> Loader:
         config, steps = self.config, range(self.completed, self.total_steps)
@@ -408,21 +288,11 @@ class Trainer:
         else:
             batches = synthetic_batches(config.data, self.plan, self.runtime, config.run.seed, steps)
         loader = Loader(batches, self.runtime.device)
-        self._peak = peak_flops(self.runtime.device) * self.runtime.world_size
-        self._flops = training_flops(config.model.name, config.network_keywords()) if self._peak else 0
-        self._begin_interval(loader)
+        self.records.begin_interval(self.completed, loader)
         return loader
 
     def _close(self, status: str) -> None:
-        if self.progress is not None:
-            self.progress.close()
-        if self.tracker is not None:
-            if self.taken_over() is None:
-                self.tracker.close(status)
-            else:
-                self.tracker.abandon()
-        if self.audit is not None:
-            self.audit.close()
+        self.records.close(status, abandon=self.taken_over() is not None)
 
     def _leave(self, code: int, reason: str) -> int:
         self.reason = reason

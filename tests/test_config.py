@@ -5,7 +5,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_dist.config import Config, available_configs, differences, load_config, parse_yaml
+from ddpm_dist.config import Config, load_config
+from ddpm_dist.config_files import available_configs, parse_yaml
+from ddpm_dist.continuation import differences
 from ddpm_dist.errors import UserError
 
 

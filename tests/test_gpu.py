@@ -87,12 +87,12 @@ def test_no_step_waits_for_the_device(tmp_path):
     trainer.prepare()
     loader = trainer.open_loader()
     for step in range(3):
-        trainer._account(trainer.step_fn(step, loader))
+        trainer.records.account(trainer.step_fn(step, loader))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(3, 8):
-            trainer._account(trainer.step_fn(step, loader))
+            trainer.records.account(trainer.step_fn(step, loader))
     finally:
         torch.cuda.set_sync_debug_mode("default")
         loader.close()

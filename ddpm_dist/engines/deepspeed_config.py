@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ddpm_dist.config import Config, merge
+from ddpm_dist.config import Config
+from ddpm_dist.config_files import merge
 from ddpm_dist.data.order import BatchPlan
 from ddpm_dist.errors import UserError
 from ddpm_dist.runtime import Runtime

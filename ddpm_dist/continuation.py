@@ -1,0 +1,84 @@
+"""Whether a run may go on from a checkpoint: the same configuration, network and data, but for what a resume may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ddpm_dist.checkpoint import Reader
+from ddpm_dist.config import Config, flatten
+from ddpm_dist.errors import UserError
+from ddpm_dist.models.weights import check_shapes, network_shapes, shape_differences
+
+# What a resumed run may change; everything else defines the run (design, "Configuration keys").
+CHANGEABLE = (
+    "run.name", "run.dir", "data.shards", "data.decoder", "data.cache", "data.cache_dir", "train.images", "train.micro_batch",
+    "train.log_every", "train.audit", "train.audit_params_every", "train.max_skipped_steps", "engine", "checkpoint", "sampling",
+    "tracking", "ema.snapshot_every",
+)  # fmt: skip
+# Keys that checkpoints of an earlier version do not have, with what they meant then.
+ADDED_LATER = {"ema.sigma_rels": [], "train.reduction": "all_reduce"}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What stands between two resolved configs, ``path: old -> new``, leaving out what a resumed run may change.
+
+    data.shards may move because the data fingerprint is compared, data.decoder because the resolved one is.
+    """
+    flat_old, flat_new = flatten(old), flatten(new)
+    lines = []
+    for key in sorted(flat_old.keys() | flat_new.keys()):
+        if key == "train.micro_batch" and flat_new.get("train.reduction") == "tree":
+            pass  # a leaf of the tree
+        elif any(key == name or key.startswith(name + ".") for name in CHANGEABLE):
+            continue
+        before, after = flat_old.get(key, ADDED_LATER.get(key, "(not set)")), flat_new.get(key, "(not set)")
+        if before != after:
+            lines.append(f"{key}: {before} in the checkpoint, {after} now")
+    return lines
+
+
+def check_same_run(reader: Reader, config: Config) -> None:
+    """Compare what the checkpoint was saved with to ``config``. Raises UserError that lists every difference."""
+    state, folder = reader.state, config.run.folder
+    missing = [key for key in ("config", "data_fingerprint", "scaler", "sums") if key not in state]
+    if missing or not isinstance(state["config"], dict):
+        raise UserError(
+            f"{reader.folder}/state.json lacks {', '.join(missing) or 'a configuration'}: not written by this program"
+        )
+    stored = {name.removeprefix("model/"): reader.shape(name) for name in reader.names("model/")}
+    stored |= {name.removeprefix("buffer/"): reader.shape(name) for name in reader.names("buffer/")}
+    wanted = network_shapes(config.model.name, config.network_keywords())
+    if lines := differences(state["config"], config.to_dict()):
+        raise UserError(
+            f"{folder} holds a run with another configuration (checkpoint {reader.folder.name}):\n  "
+            + "\n  ".join(lines)
+            + "".join(f"\n  {line}" for line in shape_differences(stored, wanted))
+            + "\nset these back to continue it, or choose another run.name to start a new run"
+        )
+    check_shapes(stored, wanted, str(reader.folder))
+
+
+def check_same_data(
+    reader: Reader, config: Config, fingerprint: str | None, accept: bool, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The changes of data in the life of this run, for its checkpoints: those the checkpoint lists and the one now.
+
+    fingerprint: of the data now, None for synthetic. accept: the user wants the run to continue on other data. Raises
+    UserError where the data is another and ``accept`` is not set (or cannot be, between shards and synthetic data).
+    """
+    changes = list(reader.state.get("data_changes", []))
+    before, shards = reader.state["data_fingerprint"], config.data.shards
+    if before == fingerprint:
+        return changes
+    if accept and before is not None and fingerprint is not None:
+        say(
+            f"note: the data under {shards} has changed (fingerprint {fingerprint[:12]}, was {before[:12]}); "
+            f"accepted from step {reader.step} on and recorded in the checkpoints (data_changes)"
+        )
+        return [*changes, {"step": reader.step, "from": before, "to": fingerprint}]
+    raise UserError(
+        f"the data under {shards} is not what {config.run.folder} was trained on (fingerprint "
+        f"{str(fingerprint)[:12]}, was {str(before)[:12]}): samples were added, removed, changed or reordered; give the original "
+        "shards, choose another run.name to start a new run, or continue on the new data with --accept-data-change"
+    )
