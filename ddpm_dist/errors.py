@@ -44,7 +44,7 @@ def exit_codes(main: Callable[..., int | None]) -> Callable[..., int]:
                 _let_rank_0_speak()
             return BAD_USAGE
         except RunFailed as error:
-            if os.environ.get("RANK", "0") == "0":
+            if os.environ.get("RANK", "0") == "0" or getattr(error, "one_rank", False):
                 print(f"failed: {error}", file=sys.stderr, flush=True)
             return FAILED
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.data.pipeline import Loader
 from ddpm_dist.errors import RunFailed, UserError
 from ddpm_dist.flops import peak_flops, training_flops
+from ddpm_dist.rendezvous import slurm_job
 from ddpm_dist.runtime import Runtime
 from ddpm_dist.step import StepResult, learning_rate
 from ddpm_dist.tracking import Tracker, cut_back
@@ -56,7 +58,14 @@ class Records:
             workplace.write_text(folder / "config.yaml", config.to_yaml())
             cut_back(folder / "audit.jsonl", step, workplace)
             self.tracker = Tracker(
-                folder, config.tracking, config.run.name, config.to_dict(), step, run_id=run_id, workplace=workplace
+                folder,
+                config.tracking,
+                config.run.name,
+                config.to_dict(),
+                step,
+                run_id=run_id,
+                tags=slurm_job(os.environ),
+                workplace=workplace,
             )
         except OSError as error:
             raise UserError(

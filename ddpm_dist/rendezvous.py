@@ -86,6 +86,20 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """What identifies a start inside a SLURM job: its number, how often it was restarted, its nodes. {} outside of one.
+
+    restart: requeues of this job so far (SLURM_RESTART_COUNT), whether by a script, an administrator or a lost node.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        return {}
+    job = environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    restart, nodes = environ.get("SLURM_RESTART_COUNT", "0"), environ.get("SLURM_JOB_NODELIST", "")
+    return {"slurm.job_id": job, "slurm.restart_count": restart, "slurm.nodes": nodes}
+
+
 def expand_counts(text: str) -> list[int]:
     """SLURM's tasks per node, "2(x3),1": [2, 2, 2, 1]."""
     counts = []
@@ -121,6 +135,48 @@ def address_of_first(environ: Mapping[str, str]) -> str:
         f"{socket.gethostname()}: the node {name!r} of rank 0 (first of {nodes!r}) has no address: "
         "neither its name nor the NodeAddr of 'scontrol show node' resolves; set MASTER_ADDR to an address of that node"
     )
+
+
+def endpoint(environ: Mapping[str, str]) -> str:
+    """HOST:PORT on the first node of this job for torchrun: MASTER_ADDR and MASTER_PORT where they are set.
+
+    Called on the first node itself (a batch script is) it looks whether the port is free, and takes another one of the job's own
+    ports if it is not. UserError: MASTER_ADDR does not resolve, MASTER_PORT is no port or taken, no port is free.
+    """
+    address, wanted = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if address and not _resolves(address):
+        raise UserError(
+            f"{socket.gethostname()}: MASTER_ADDR={address} does not resolve to an address: unset it, so that the first node of "
+            "the job is taken, or correct it"
+        )
+    if wanted and not (wanted.isdecimal() and 0 < int(wanted) < 65_536):
+        raise UserError(f"MASTER_PORT={wanted} is not a port: unset it or give a number in 1..65535")
+    nodes = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST", "")
+    here = environ.get("SLURMD_NODENAME") == first_host(nodes)
+    first = port(environ)
+    # The ports of the steps that the job is least likely to start come next.
+    others = (FIRST_PORT + (first + step - FIRST_PORT) % PORTS for step in range(STEPS - 1, 0, -1))
+    mine = [int(wanted)] if wanted else [first, *others]
+    free = next((one for one in mine if not here or _is_free(one)), None)
+    if free is None:
+        which = f"port {wanted} (MASTER_PORT)" if wanted else f"every port from {first} on"
+        raise UserError(
+            f"{socket.gethostname()}: {which}, where the ranks meet, is taken by another program; unset MASTER_PORT, so that a "
+            "free one is taken, or set it to a free one"
+        )
+    return f"{address or address_of_first(environ)}:{free}"
+
+
+def _is_free(number: int) -> bool:
+    """Whether a server can listen there; as torch's does, on all addresses."""
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", number))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
 
 
 def _resolves(name: str) -> bool:
@@ -255,8 +311,7 @@ def _watch(stopping: Callable[[], bool]) -> None:
 def main() -> int:
     if "SLURM_JOB_ID" not in os.environ:
         raise UserError("this is no SLURM job (SLURM_JOB_ID is not set): run it in a batch script or inside salloc")
-    address = os.environ.get("MASTER_ADDR") or address_of_first(os.environ)
-    print(f"{address}:{os.environ.get('MASTER_PORT') or port(os.environ)}")
+    print(endpoint(os.environ))
     return 0
 
 

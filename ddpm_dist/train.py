@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddpm_dist import rendezvous
 from ddpm_dist.config import Config, load_config
@@ -54,21 +55,27 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rendezvous.join()  # from here on RANK is known
         forget_last_exit()
-        config = load_config(arguments.config, arguments.overrides)
+        read_config = functools.partial(load_config, arguments.config, arguments.overrides)
         if arguments.print_config:
+            config = read_config()
             build_model_keywords(config)
             if is_rank_0():
                 print(config.to_yaml(), end="")
             code, reason = OK, "configuration printed"
             return code
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            config = read_config()  # what is wrong with it is said before the slow imports
         from ddpm_dist import runtime as runtimes
         from ddpm_dist.trainer import Trainer
 
         runtimes.catch_stop_signals()  # from here on a stop request waits for a step boundary
         runtime = runtimes.start()
+        config = runtime.together(read_config)  # the file may be missing on one node only
         trainer = Trainer(config, runtime)
         trainer.prepare(arguments.fresh, arguments.accept_data_change)
-        code = trainer.run()
+        if is_rank_0():
+            write_exit(trainer, None, "training")
+        code = trainer.run(last_words=functools.partial(write_exit, trainer, FAILED))
         reason = trainer.reason
         runtimes.finish()
         return code
@@ -81,7 +88,19 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, UserError):
             code, reason = BAD_USAGE, str(error)
             mine = getattr(error, "one_rank", False)
-        raise
+            raise
+        missing = None
+        if isinstance(error, RuntimeError) and trainer is not None and trainer.watch is not None:  # as collectives fail
+            missing = trainer.watch.missing()
+        if missing is None:
+            raise
+        reason, mine = (
+            f"{missing} died or is lost ({reason})",
+            os.environ["RANK"] == "1",
+        )  # it may be rank 0 that is missing
+        failed = RunFailed(reason)
+        failed.one_rank = mine
+        raise failed from error
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         raise
@@ -114,28 +133,39 @@ def build_model_keywords(config: Config) -> None:
         build_model(config.model.name, **config.network_keywords())
 
 
-def write_exit(trainer: Trainer | None, code: int, reason: str) -> None:
+def write_exit(trainer: Trainer | None, code: int | None, reason: str) -> None:
     """exit.json in the run directory (if this process owns one) and where DDPM_DIST_EXIT_JSON says.
 
     torchrun exits with 1 whatever its workers returned; the launch scripts read the code from here. A rank that alone met bad
-    input writes too, and rank 0, which then only sees a peer vanish, does not replace its words.
+    input writes too, and rank 0, which then only sees a peer vanish, does not replace its words. code None: about to train;
+    said only where DDPM_DIST_EXIT_JSON says, for a script that has to know how far a run was that was killed.
     """
     workplace = trainer.workplace if trainer is not None else None
     wanted = os.environ.get("DDPM_DIST_EXIT_JSON")
-    step = trainer.completed if trainer is not None else None
-    text = json.dumps({"code": code, "reason": reason, "step": step}) + "\n"
+    said = {"code": code, "reason": reason, "step": trainer.completed if trainer is not None else None}
 
-    def write(path: Path, place: Callable[[Path, str], None]) -> None:
+    def write(path: Path, values: dict[str, Any], place: Callable[[Path, str], None]) -> None:
         try:
-            if code != FAILED or not (path.is_file() and path.stat().st_size):
-                place(path, text)
+            if code != FAILED or read_exit(path).get("code") is None:
+                place(path, json.dumps(values) + "\n")
         except OSError as error:
             print(f"warning: {path} could not be written: {error.strerror}", file=sys.stderr, flush=True)
 
-    if workplace is not None and workplace.taken_over() is None:
-        write(trainer.folder / "exit.json", workplace.write_text)
+    if code is not None and workplace is not None and workplace.taken_over() is None:
+        write(trainer.folder / "exit.json", said, workplace.write_text)
     if wanted:
-        write(Path(wanted), replace_text)
+        run = str(trainer.folder.absolute()) if trainer is not None else None
+        said |= {"start_step": trainer.start_step if trainer is not None else None, "run": run}
+        write(Path(wanted), said, replace_text)
+
+
+def read_exit(path: Path) -> dict[str, Any]:
+    """What an exit file says; {} for a missing, empty or foreign one."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def replace_text(path: Path, text: str) -> None:

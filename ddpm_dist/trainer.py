@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ddpm_dist.alike import check_alike
 from ddpm_dist.checkpoint import CheckpointStore, Ownership, Reader, Workplace, published, reaches
 from ddpm_dist.checkpoint.format import Damaged, Piece
 from ddpm_dist.checkpoint.snapshots import Snapshots
@@ -23,8 +26,10 @@ from ddpm_dist.models import build_model
 from ddpm_dist.models.weights import initialise_from
 from ddpm_dist.previews import preview
 from ddpm_dist.records import Records
+from ddpm_dist.rendezvous import slurm_job
 from ddpm_dist.runtime import Runtime, StopRequest, use_fast_matmuls
 from ddpm_dist.step import TrainStep
+from ddpm_dist.watch import Watch
 
 PACK_HINT = (
     "Pack one first, for example:\n"
@@ -41,6 +46,8 @@ class Trainer:
         self.owner: Ownership | None = None  # on rank 0
         self.workplace: Workplace | None = None  # on every rank: where it makes files of the run directory
         self.reason, self.completed = "", 0
+        self.start_step: int | None = None  # where this start continues
+        self.watch: Watch | None = None
         self.records: Records | None = None
         self.snapshots: Snapshots | None = None
 
@@ -51,9 +58,12 @@ class Trainer:
         trained on so far; the checkpoints record it.
         """
         config, runtime = self.config, self.runtime
-        self.plan = plan_batches(config.train.global_batch, config.train.micro_batch, runtime.world_size)
+        self.plan = runtime.together(
+            lambda: plan_batches(config.train.global_batch, config.train.micro_batch, runtime.world_size)
+        )
         runtime.together(lambda: check_engine(config, self.plan, runtime))
         self.index = runtime.together(self._open_data)
+        check_alike(runtime, config, self.index.fingerprint if self.index is not None else None)
         use_fast_matmuls(runtime.device)
         torch.backends.cudnn.benchmark = not config.train.audit
         if config.train.audit and runtime.device.type == "cuda":
@@ -88,6 +98,7 @@ class Trainer:
         self.records = Records(config, runtime, self.plan.global_batch, epoch_size)
         if reader is not None:
             runtime.together(lambda: self._load(reader, state))
+        self.start_step = self.completed
         self.mlflow_run_id = state.get("mlflow_run_id")
         self.total_steps = -(-config.train.images // config.train.global_batch)
 
@@ -142,8 +153,11 @@ class Trainer:
         self.records.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))  # the same on every rank
         self.store.saved_step = reader.step
 
-    def run(self) -> int:
-        """Train to the budget or until asked to stop. Returns 0 (done) or 75 (stopped, start me again)."""
+    def run(self, last_words: Callable[[str], None] = lambda text: None) -> int:
+        """Train to the budget or until asked to stop. Returns 0 (done) or 75 (stopped, start me again).
+
+        last_words: called with the reason, on one rank, when this process is about to be ended because a rank hangs.
+        """
         config, runtime, records = self.config, self.runtime, self.records
         self.snapshots = Snapshots(
             self.folder, runtime, config.ema.snapshot_every, self.plan.global_batch, self.workplace.work
@@ -158,27 +172,29 @@ class Trainer:
             return self._leave(OK, "done")
         self._open_records()
         loader = self.open_loader()
+        self.watch = watch = Watch(
+            runtime, config.train.hang_seconds, lambda: f"step {self.completed + 1}, {loader.doing}", last_words
+        )
         stop = StopRequest(runtime)
         reason, failure = None, None
         try:
             while self.completed < self.total_steps and reason is None:
-                result = self.step_fn(self.completed, loader, records.audit)
+                # The first step compiles.
+                with watch.patience() if self.completed == self.start_step else contextlib.nullcontext():
+                    result = self.step_fn(self.completed, loader, records.audit)
                 self.completed += 1
                 records.account(result)
                 records.write_audit(self.completed, self._pieces)
                 records.log(self.completed, result, loader)
-                self._preview()
-                if reaches(self.completed, self.plan.global_batch, config.checkpoint.every):
-                    self._save()
-                self.snapshots.after_step(self.completed, self._averages)
+                with watch.patience():
+                    self._preview()
+                    if reaches(self.completed, self.plan.global_batch, config.checkpoint.every):
+                        self._save()
+                    self.snapshots.after_step(self.completed, self._averages)
+                watch.step()
                 reason = stop.poll(self.owner is not None and self.owner.lost)
-            self.snapshots.wait()
-            self.store.wait()
-            runtime.together(self._check_owner)
-            if self.store.saved_step != self.completed:
-                self._save()
-            failure = self.store.wait()
-            runtime.together(self._check_owner)
+            with watch.patience():
+                failure = self._save_last()
         except BaseException:
             self._close("FAILED")
             raise
@@ -187,18 +203,31 @@ class Trainer:
             with contextlib.suppress(RuntimeError):  # of a peer that is gone
                 stop.finish()
         if failure is not None:
+            watch.stop()
             self._close("FAILED")
             raise UserError(
                 f"the last checkpoint (step {self.completed}) could not be written to {self.store.root}: {failure}. Older "
                 "checkpoints are whole; remove the cause (on a full disk make room or lower checkpoint.keep_last) and run the "
                 "same command again"
             )
+        watch.stop()
         if reason is not None and self.completed < self.total_steps:
             self._close("KILLED")
             self._say(f"stopped by {reason} after step {self.completed}; the same command continues the run")
             return self._leave(REQUEUE, reason)
         self._close("FINISHED")
         return self._leave(OK, "done")
+
+    def _save_last(self) -> OSError | None:
+        """The checkpoint of the last step, published; what went wrong with its files."""
+        self.snapshots.wait()
+        self.store.wait()
+        self.runtime.together(self._check_owner)
+        if self.store.saved_step != self.completed:
+            self._save()
+        failure = self.store.wait()
+        self.runtime.together(self._check_owner)
+        return failure
 
     def taken_over(self) -> str | None:
         """Who owns the run directory now, in words, if this job did and does not any more."""
@@ -263,6 +292,10 @@ class Trainer:
     def _open_records(self) -> None:
         config, plan = self.config, self.plan
         self.records.open(self.completed, self.total_steps, self.mlflow_run_id, self.workplace)
+        if job := slurm_job(os.environ):
+            self._say(
+                f"SLURM job {job['slurm.job_id']}, restart {job['slurm.restart_count']}, on {job['slurm.nodes'] or 'this node'}"
+            )
         start = f"continuing at step {self.completed:,}" if self.completed else "starting"
         parameters = sum(shape.numel() for shape in self.step_fn.engine.shapes.values())
         ranks = self.runtime.world_size
@@ -300,6 +333,8 @@ class Trainer:
 
     def close(self) -> None:
         """Give the run directory back."""
+        if self.watch is not None:
+            self.watch.stop()
         if self.owner is not None:
             self.owner.release()
             self.owner = None

@@ -101,7 +101,7 @@ train() {
     said="$(mktemp)"
     DDPM_DIST_EXIT_JSON="$said" torchrun "$processes" -m ddpm_dist.train "$@" run.dir="$run" || code=$?
     if ((code == 1)) && [[ -s $said ]]; then
-        code="$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$said")"
+        code="$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"] or 1)' "$said")"
     fi
     rm -f "$said"
     return "$code"

@@ -48,6 +48,7 @@ class Loader:
 
     def __init__(self, batches: Iterator[MicroBatch], device: torch.device) -> None:
         self.seconds_waited = 0.0
+        self._taken, self._waiting = 0, False
         self._queue: queue.Queue = queue.Queue(maxsize=PREFETCH)
         self._stop = threading.Event()
         self._device = device
@@ -77,7 +78,9 @@ class Loader:
     def next(self) -> MicroBatch:
         """The next micro-batch, ready for the current stream. Raises what the background thread met."""
         start = time.monotonic()
+        self._taken, self._waiting = self._taken + 1, True
         item = self._queue.get()
+        self._waiting = False
         self.seconds_waited += time.monotonic() - start
         if item is None:
             raise RuntimeError("the loader was asked for more steps than it was started for")
@@ -89,6 +92,11 @@ class Loader:
             item.pixels.record_stream(stream)
             item.labels.record_stream(stream)
         return item
+
+    @property
+    def doing(self) -> str:
+        """What the consumer is at, in words; from any thread."""
+        return f"{'waiting for the data of' if self._waiting else 'computing'} micro-batch {self._taken}"
 
     def close(self) -> None:
         """End the background thread."""

@@ -55,7 +55,7 @@ class Tracker:
         config: resolved configuration; becomes MLflow parameters with dotted keys.
         step: the completed step the run continues from (0 = new). metrics.jsonl is cut back to it.
         run_id: the MLflow run that a checkpoint remembers; ``tracking.json``, being newer, goes before it.
-        tags: MLflow tags of a new run.
+        tags: MLflow tags; a run that is continued gets them, too.
         workplace: where new versions of metrics.jsonl and tracking.json are made; None: beside them.
 
     Raises:

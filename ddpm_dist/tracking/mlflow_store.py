@@ -93,6 +93,8 @@ def open_run(job: Job, memory: Memory):
         memory.keep(run.info.run_id, 0)
     else:
         client.update_run(run.info.run_id, status="RUNNING")
+        for key, value in job.tags.items():  # of this start, over those of the one before
+            client.set_tag(run.info.run_id, key, str(value)[:TAG_CHARACTERS])
         if run.info.run_id != memory.run_id:
             memory.keep(run.info.run_id, 0)  # unknown what it has; a store keeps exact repetitions once
     _log_params(client, job, run)
