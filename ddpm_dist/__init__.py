@@ -17,10 +17,10 @@ def load(path: str) -> nn.Module:
     ``network.classes`` (None where the file has none). Raises UserError for a file that is not one of ours or is damaged.
     """
     from ddpm_dist.models.weights import load_described
-    from ddpm_dist.sample import _schedule
+    from ddpm_dist.sample_source import schedule_of
 
     network, says = load_described(path)
-    network.schedule = _schedule(says.diffusion)
+    network.schedule = schedule_of(says.diffusion)
     network.value_range = says.diffusion.get("range", [-1.0, 1.0])
     network.classes = says.classes
     return network.eval()

@@ -124,8 +124,8 @@ class Diffusion(Section):
 
 
 class Train(Section):
-    images: int = Field(1_000_000, ge=1)  # budget, rounded up to whole steps
-    global_batch: int = Field(64, ge=1)
+    images: int = Field(1_000_000, ge=1, lt=2**53)  # budget, rounded up to whole steps
+    global_batch: int = Field(64, ge=1, lt=2**31)
     micro_batch: int | None = Field(None, ge=1)  # per rank; default global_batch / ranks
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
@@ -139,7 +139,7 @@ class Train(Section):
     hang_seconds: float | None = Field(600.0, gt=0)  # a rank that does nothing for so long ends the job; null: never
     audit: bool = False
     audit_params_every: int = Field(0, ge=0)  # in steps; 0 = never
-    init_from: str | None = None  # weights to start a new run from
+    init_from: str | None = Field(None, min_length=1)  # weights to start a new run from
 
 
 class Optim(Section):
@@ -180,6 +180,8 @@ class Ema(Section):
     def _sigma_rels(cls, value: list[float]) -> list[float]:
         if any(not 0.001 <= sigma_rel <= 0.2886 for sigma_rel in value):
             raise ValueError("must be widths in 0.001 .. 0.2886 (typical: [0.05, 0.10])")
+        if len(set(value)) < len(value):
+            raise ValueError("holds the same width twice")
         return value
 
     @model_validator(mode="after")
@@ -195,6 +197,13 @@ class Engine(Section):
     offload_optimizer: bool = False  # optimizer state and fp32 weights in host memory (DeepSpeed, stages 1 to 3)
     param_dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: weights in bf16 with fp32 masters (DeepSpeed, stages 1 to 3)
     deepspeed: dict[str, Any] = {}  # merged into the generated DeepSpeed configuration
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _a_number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # true equals 1
+            raise ValueError("must be 0, 1, 2 or 3")
+        return value
 
     @property
     def stage(self) -> int:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ddpm_dist.checkpoint import Reader
+from ddpm_dist.checkpoint.find import CHECKPOINTS
 from ddpm_dist.config import Config, flatten
 from ddpm_dist.errors import UserError
+from ddpm_dist.exit_file import read_exit
 from ddpm_dist.models.weights import check_shapes, network_shapes, shape_differences
 
 # What a resumed run may change; everything else defines the run (design, "Configuration keys").
@@ -41,10 +48,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def check_same_run(reader: Reader, config: Config) -> None:
     """Compare what the checkpoint was saved with to ``config``. Raises UserError that lists every difference."""
     state, folder = reader.state, config.run.folder
-    missing = [key for key in ("config", "data_fingerprint", "scaler", "sums") if key not in state]
-    if missing or not isinstance(state["config"], dict):
+    kinds = {"config": dict, "data_fingerprint": str | None, "scaler": dict, "sums": list, "data_changes": list}
+    state.setdefault("data_changes", [])  # version 0.1 had none
+    wrong = [key for key, kind in kinds.items() if key not in state or not isinstance(state[key], kind)]
+    if wrong or len(state["sums"]) != 4:
         raise UserError(
-            f"{reader.folder}/state.json lacks {', '.join(missing) or 'a configuration'}: not written by this program"
+            f"{reader.folder}/state.json: {', '.join(wrong) or 'sums'} is missing or of another kind: not written by this program"
         )
     stored = {name.removeprefix("model/"): reader.shape(name) for name in reader.names("model/")}
     stored |= {name.removeprefix("buffer/"): reader.shape(name) for name in reader.names("buffer/")}
@@ -57,6 +66,41 @@ def check_same_run(reader: Reader, config: Config) -> None:
             + "\nset these back to continue it, or choose another run.name to start a new run"
         )
     check_shapes(stored, wanted, str(reader.folder))
+
+
+def check_nothing_lost(folder: Path) -> None:
+    """Raise UserError when a run directory without a checkpoint speaks of one: it was removed, or is not where it should be.
+
+    Starting over would cut back the records and remove the snapshots, all that is left of the run. A run that was killed before
+    its first checkpoint does start over.
+    """
+    checkpoints = folder / CHECKPOINTS
+    if any(checkpoints.glob("step_*.corrupt*")):
+        return  # whoever looks for the newest one says it
+    step = _saved_step(folder)
+    if step:
+        where = f" (a link to {os.readlink(checkpoints)})" if checkpoints.is_symlink() else ""
+        raise UserError(
+            f"{checkpoints}{where} holds no checkpoint, but the records of {folder} say that the run was saved (it came to step {step}). "
+            "Restore the folder, or mount what it leads to; to start over remove the run directory or choose another run.name"
+        )
+
+
+def _saved_step(folder: Path) -> int:
+    """A step that a run has come to and must have saved before it, 0 if the records do not say so."""
+    said = read_exit(folder / "exit.json")
+    if said.get("code") in (0, 75) and isinstance(said.get("step"), int) and said["step"] > 0:
+        return said["step"]  # it leaves with these codes only when it has saved
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        every, batch = int(config["checkpoint"]["every"]), int(config["train"]["global_batch"])
+        with open(folder / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, os.path.getsize(file.name) - 100_000))
+            last = json.loads(file.read().splitlines()[-1])["step"]
+        # The second save begins when the first one is published.
+        return last if last * batch >= 2 * every else 0
+    except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError):
+        return 0
 
 
 def check_same_data(

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 OK = 0
 FAILED = 1
@@ -22,6 +23,18 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """The run itself went wrong (not its input) in a way that a traceback would not explain. Becomes exit code 1."""
+
+
+def in_words(error: OSError) -> str:
+    """What the system said, and of which path; a link that leads nowhere is called one."""
+    path = error.filename
+    if path is None:
+        return error.strerror or str(error)
+    for part in (Path(os.fsdecode(path)), *Path(os.fsdecode(path)).parents):
+        with contextlib.suppress(OSError):
+            if part.is_symlink() and not part.exists():
+                return f"{part} is a link to {os.readlink(part)}, which does not exist"
+    return f"{error.strerror} ({os.fsdecode(path)})"
 
 
 def exit_codes(main: Callable[..., int | None]) -> Callable[..., int]:

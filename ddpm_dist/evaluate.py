@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm_dist.classifier import predict, split, train_classifier
-from ddpm_dist.errors import UserError, exit_codes
+from ddpm_dist.errors import UserError, exit_codes, in_words
 
 PAIRS = 2_000  # random pairs per class for the diversity
 
@@ -270,6 +271,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers to this file")
     options = parser.parse_args(argv)
+    if options.json is not None:
+        _check_writable(options.json)
     images, labels = load_generated(options.images, options.num)
     real_images, real_labels, classes = load_real(options.shards, images.shape[2:], options.max_real, options.seed)
     report = Judge(real_images, real_labels, classes, options.seed).report(images, labels)
@@ -277,10 +280,21 @@ def main(argv: list[str] | None = None) -> int:
     if options.json is not None:
         aside = options.json.with_name(options.json.name + ".incomplete")
         numbers = {key: None if value != value else value for key, value in asdict(report).items()}  # JSON has no NaN
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
         os.replace(aside, options.json)
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the work whether a file can be written. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise UserError(f"--json {path}: this is a folder")
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written: {in_words(error)}") from None
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ from torch import Tensor
 
 import ddpm_dist
 from ddpm_dist.checkpoint import files
-from ddpm_dist.checkpoint.find import at_step, held_open, is_checkpoint, newest_intact, run_of
+from ddpm_dist.checkpoint.find import CHECKPOINTS, SNAPSHOTS, at_step, held_open, is_checkpoint, newest_intact, run_of
 from ddpm_dist.checkpoint.format import Damaged, Reader
+from ddpm_dist.checkpoint.retention import published
 from ddpm_dist.config import Ema
-from ddpm_dist.errors import UserError, exit_codes
+from ddpm_dist.errors import UserError, exit_codes, in_words
 from ddpm_dist.models.weights import Description, check_shapes, empty_state, file_header, file_order
 from ddpm_dist.reconstruct import reconstruct, sigma_rels_of
 
@@ -151,7 +152,8 @@ def write(out: Path, weights: Weights, force: bool = False) -> dict[str, Any]:
     beside = out.with_suffix(".json")
     aside = None
     try:
-        aside = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".incomplete", dir=out.parent))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{out.name[:100]}.", suffix=".incomplete", dir=out.parent))
         facts = files.write(aside / out.name, _stream(weights, description))
         says = {"format": FORMAT, "version": VERSION, "file": out.name, **facts, **description.to_dict()}
         files.write(aside / beside.name, [(json.dumps(says, indent=1, ensure_ascii=False) + "\n").encode()])
@@ -163,9 +165,7 @@ def write(out: Path, weights: Weights, force: bool = False) -> dict[str, Any]:
     except Damaged as error:
         raise UserError(f"checkpoint {weights.reader.folder} cannot be used: {error}") from None
     except OSError as error:
-        raise UserError(
-            f"{out} cannot be written: {error.strerror or error}; make room or choose another --out"
-        ) from None
+        raise UserError(f"{out} cannot be written: {in_words(error)}; make room or choose another --out") from None
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
@@ -197,21 +197,21 @@ def check_target(out: Path, force: bool) -> None:
     beside = out.with_suffix(".json")
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must end in .safetensors (the description beside it is called {beside.name})")
-    for path in (out, beside):
-        if path.is_dir():
-            raise UserError(f"--out {out}: {path} is a folder")
-        if path.exists() and not force:
-            raise UserError(f"{path} exists: choose another --out, or replace it with --force")
-    if is_checkpoint(out.parent):
-        raise UserError(
-            f"--out {out}: {out.parent} is a checkpoint, in which nothing may change; choose another folder"
-        )
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
+        for path in (out, beside):
+            if path.is_dir():
+                raise UserError(f"--out {out}: {path} is a folder")
+            if os.path.lexists(path) and not force:
+                raise UserError(f"{path} exists: choose another --out, or replace it with --force")
+        folder = out.parent.absolute()
+        if is_checkpoint(folder) or (folder.name in (CHECKPOINTS, SNAPSHOTS) and published(folder)):
+            raise UserError(f"--out {out}: {folder} belongs to the checkpoints of a run; choose another folder")
+        while not folder.exists():  # it is made when there is something to put into it
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"cannot write into {out.parent}: {error.strerror}; choose another --out") from None
+        raise UserError(f"--out {out} cannot be written: {in_words(error)}; choose another --out") from None
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

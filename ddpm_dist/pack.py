@@ -1,4 +1,13 @@
-"""Pack images into webdataset shards with an index: ``python -m ddpm_dist.pack SOURCE --out DIR``."""
+"""Pack images into webdataset shards with an index.
+
+    python -m ddpm_dist.pack SOURCE --out DIR                  # one process, with a worker for every CPU
+    python -m ddpm_dist.pack SOURCE --out DIR --part 3/16      # task 3 of 16 (from 0) of an array job packs its share
+    python -m ddpm_dist.pack --merge --out DIR                 # when all tasks are done: joins the parts
+
+All tasks run the same command, each with its own number, in any order, on machines that see the same files. What the merge makes is
+what one process makes, byte for byte (exceptions: see ddpm_dist/pack_parts.py). A task or a merge that was interrupted
+is simply started again; a part that is there already is kept.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +15,22 @@ import argparse
 import os
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ddpm_dist.data.encode import DEFAULT_QUALITY, Encoded, Recipe
-from ddpm_dist.data.shards import IMAGE_FORMATS, Index, write_index
-from ddpm_dist.data.sources import SOURCES, Source, open_source
-from ddpm_dist.data.writer import CHUNK, encode_all, folder_in_one_piece, write_tars
+from ddpm_dist import pack_merge, pack_parts
+from ddpm_dist.data.encode import DEFAULT_QUALITY, Recipe
+from ddpm_dist.data.publish import check_free, disk_errors, folder_in_one_piece
+from ddpm_dist.data.shards import IMAGE_FORMATS, Index
+from ddpm_dist.data.sources import SOURCES, open_source
+from ddpm_dist.data.writer import Tally, fill_folder
 from ddpm_dist.errors import UserError, exit_codes
+from ddpm_dist.parts import Part, parse_part
 
 DEFAULT_PER_SHARD = 10_000
-NAMES_SHOWN = 5
 MAX_SIZE = 16_384
 CONFIGS = {("digits", 16): "configs/digits.yaml", ("shapes", 64): "configs/shapes64.yaml",
            ("cifar10", 64): "configs/cifar64.yaml"}  # fmt: skip
@@ -81,62 +91,108 @@ def pack(
     Raises:
         UserError: bad options, missing data, an image that cannot be read, ``out`` not empty, disk full.
     """
-    _check_options(size, image_format, quality, channels, samples_per_shard, workers)
-    images = open_source(source, root=root, split=split, size=size, num=num, seed=seed, download=download)
-    image_format = image_format or images.image_format
-    if quality is not None and image_format != "jpg":
-        raise UserError("--quality is for --format jpg: leave it away, or choose jpg")
-    if not len(images):
-        raise UserError(f"the source {source} is empty: nothing to pack")
-    if source == "folder":
-        _check_apart(Path(root), Path(out))
-    with folder_in_one_piece(Path(out)) as folder:  # first of all, so that a bad --out is found before long work
-        recipe = Recipe(image_format, channels or images.channels(), size, quality)
-        tally = _Tally(skip_bad)
-        encoded = encode_all(_items(images), recipe, _worker_count(workers, len(images)))
-        kept = tally.filter(_with_bar(encoded, len(images), images.name, progress))
-        scans = write_tars(folder, images.name, kept, image_format, samples_per_shard)
-        if not scans:
-            raise UserError(f"none of the {len(images)} images can be read; the first: {tally.names[0]}")
-        samples = np.concatenate([scan.samples for scan in scans])
-        write_index(folder, [scan.shard for scan in scans], samples, images.classes, recipe.channels, image_format)
-    index = Index.load(out)
-    return Packed(index, _common_side(index), tally.skipped, tally.names, images.notes + tally.notes(images, recipe))
+    job = _Job(
+        source, Path(out), root=root, split=split, size=size, image_format=image_format, quality=quality, channels=channels,
+        samples_per_shard=samples_per_shard, workers=workers, download=download, num=num, seed=seed, skip_bad=skip_bad,
+        progress=progress,
+    )  # fmt: skip
+    with folder_in_one_piece(job.out) as folder:  # first of all, so that a bad --out is found before long work
+        tally = job.fill(folder, range(len(job.images)), job.recipe())
+        if not tally.labels:
+            raise UserError(f"none of the {len(job.images)} images can be read; the first: {tally.names[0]}")
+    return _packed(Index.load(out), tally, job.images.notes)
 
 
-class _Tally:
-    """Passes readable samples on, and keeps count of the others."""
+def pack_part(source: str, out: str | os.PathLike, part: Part, **options: Any) -> tuple[pack_parts.Recorded, bool]:
+    """Pack one part of a source, to be joined with the others by ``ddpm_dist.pack_merge.merge``.
 
-    def __init__(self, skip_bad: bool) -> None:
-        self.skip_bad, self.skipped, self.recoloured = skip_bad, 0, 0
-        self.names: list[str] = []
-        self.labels: Counter[int] = Counter()
+    Of S shards the part gets those from number ``S * part.number // part.count`` on; where there are more parts than shards,
+    some are empty. A part that is there already, whole and of the same recipe, is kept.
 
-    def filter(self, encoded: Iterable[Encoded]) -> Iterator[Encoded]:
-        for sample in encoded:
-            if sample.data is not None:
-                self.recoloured += sample.recoloured
-                self.labels[sample.label] += 1
-                yield sample
-                continue
-            if not self.skip_bad:
-                raise UserError(
-                    f"{sample.name}: cannot be read as an image ({sample.reason}): repair or remove it, "
-                    "or pass --skip-bad to leave such images out"
-                )
-            self.skipped += 1
-            if len(self.names) < NAMES_SHOWN:
-                self.names.append(f"{sample.name} ({sample.reason})")
+    Args:
+        source, out, options: as for ``pack``; ``download`` is refused, because all tasks would do it.
 
-    def notes(self, images: Source, recipe: Recipe) -> list[str]:
-        found = []
-        if self.recoloured:
-            to = "grey" if recipe.channels == 1 else "RGB"
-            found.append(f"converted {self.recoloured} images to {to} (--channels chooses)")
-        empty = [name for label, name in enumerate(images.classes or []) if not self.labels[label]]
-        if empty:
-            found.append(f"classes without any image: {', '.join(empty)}")
-        return found
+    Returns:
+        The part, and whether it was there before.
+
+    Raises:
+        UserError: as ``pack``; other parts are there of another source, other options or another number of parts.
+    """
+    if options.pop("download", False):
+        raise UserError(
+            "--download with --part: every task would download; fetch the data once before, for example with "
+            "python -c 'from torchvision.datasets import CIFAR10; CIFAR10(\"datasets\", download=True)'"
+        )
+    job = _Job(source, Path(os.path.realpath(out)), **options)
+    with disk_errors(job.out):
+        check_free(job.out)
+        recipe = job.recipe()
+        described = pack_parts.describe(job.images, job.options(), recipe)
+        kept = pack_parts.find_whole(job.out, part, described)
+        if kept is not None:
+            return kept, True
+        per_shard, count = job.samples_per_shard, len(job.images)
+        shards = part.share(-(-count // per_shard))
+        positions = range(min(shards.start * per_shard, count), min(shards.stop * per_shard, count))
+        with pack_parts.part_in_one_piece(job.out, part, described) as folder:
+            tally = job.fill(folder, positions, recipe, first=shards.start)
+            recorded = pack_parts.write_record(folder, part, described, tally, job.images.notes)
+    return recorded, False
+
+
+@dataclass
+class _Job:
+    """What is packed and how: the options of ``pack``, checked, and the source, opened. Raises UserError."""
+
+    source: str
+    out: Path
+    root: str | os.PathLike | None = None
+    split: str | None = None
+    size: int | None = None
+    image_format: str | None = None
+    quality: int | None = None
+    channels: int | None = None
+    samples_per_shard: int = DEFAULT_PER_SHARD
+    workers: int | None = None
+    download: bool = False
+    num: int | None = None
+    seed: int | None = None
+    skip_bad: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        _check_options(self.size, self.image_format, self.quality, self.channels, self.samples_per_shard, self.workers)
+        self.images = open_source(
+            self.source, root=self.root, split=self.split, size=self.size, num=self.num, seed=self.seed,
+            download=self.download,
+        )  # fmt: skip
+        if self.quality is not None and (self.image_format or self.images.image_format) != "jpg":
+            raise UserError("--quality is for --format jpg: leave it away, or choose jpg")
+        if not len(self.images):
+            raise UserError(f"the source {self.source} is empty: nothing to pack")
+        if self.source == "folder":
+            _check_apart(Path(self.root), self.out)
+
+    def recipe(self) -> Recipe:
+        """How every image is stored; reads images until it knows how many channels they have."""
+        channels = self.channels or self.images.channels()
+        return Recipe(self.image_format or self.images.image_format, channels, self.size, self.quality)
+
+    def fill(self, folder: Path, positions: range, recipe: Recipe, first: int = 0) -> Tally:
+        return fill_folder(
+            folder, self.images, positions, recipe, per_shard=self.samples_per_shard, workers=self.workers,
+            skip_bad=self.skip_bad, progress=self.progress, first=first,
+        )  # fmt: skip
+
+    def options(self) -> dict[str, Any]:
+        """The options that decide what is packed, beside the recipe."""
+        names = ("source", "root", "split", "samples_per_shard", "num", "seed", "skip_bad")
+        return {name: getattr(self, name) for name in names}
+
+
+def _packed(index: Index, tally: Tally, notes: list[str]) -> Packed:
+    notes = notes + tally.notes(index.classes, index.channels)
+    return Packed(index, _common_side(index), tally.skipped, tally.names, notes)
 
 
 def _check_options(size, image_format, quality, channels, samples_per_shard, workers) -> None:
@@ -161,25 +217,6 @@ def _check_apart(root: Path, out: Path) -> None:
         raise UserError(f"--out {out} lies inside --root {root}: choose a folder outside of it")
 
 
-def _items(images: Source):
-    return ((position, images.item(position)) for position in range(len(images)))
-
-
-def _worker_count(workers: int | None, images: int) -> int:
-    """One per usable CPU, but none that would find nothing to do: starting one costs more than a few chunks."""
-    if workers is None:
-        workers = min(len(os.sched_getaffinity(0)), -(-images // (8 * CHUNK)))
-    return min(workers, -(-images // CHUNK))
-
-
-def _with_bar(encoded: Iterator[Encoded], total: int, name: str, progress: bool) -> Iterator[Encoded]:
-    if not progress:
-        return encoded
-    from tqdm import tqdm
-
-    return iter(tqdm(encoded, total=total, desc=f"packing {name}", unit="img", disable=None, dynamic_ncols=True))
-
-
 def _common_side(index: Index) -> int | None:
     heights, widths = np.unique(index.samples["height"]), np.unique(index.samples["width"])
     return int(heights[0]) if len(heights) == len(widths) == 1 and heights[0] == widths[0] else None
@@ -200,8 +237,8 @@ def next_command(packed: Packed, source: str) -> str:
     return shlex.join(words)
 
 
-def summary(packed: Packed, source: str) -> str:
-    """The lines that pack ends with."""
+def summary(packed: Packed, source: str | None) -> str:
+    """The lines that pack ends with; the next command only where the source is known."""
     index = packed.index
     size = sum(shard.bytes for shard in index.shards)
     classes = "unlabelled" if index.classes is None else f"{len(index.classes)} classes"
@@ -210,23 +247,37 @@ def summary(packed: Packed, source: str) -> str:
         f"{index.folder}: {len(index):,} samples, {classes}, {side}, {'grey' if index.channels == 1 else 'RGB'} "
         f"{index.image_format}, {len(index.shards)} shards, {size:,} bytes",
         f"fingerprint {index.fingerprint}",
+        *_left_out(packed.skipped, packed.skipped_names),
+        *(f"note: {note}" for note in packed.notes),
     ]
-    if packed.skipped:
-        more = ", ..." if packed.skipped > len(packed.skipped_names) else ""
-        lines.append(f"left out {packed.skipped} unreadable images: {', '.join(packed.skipped_names)}{more}")
-    lines += [f"note: {note}" for note in packed.notes]
-    lines.append(f"next: {next_command(packed, source)}")
+    if source is not None:
+        lines.append(f"next: {next_command(packed, source)}")
     return "\n".join(lines)
+
+
+def part_summary(recorded: pack_parts.Recorded, kept: bool, out: str) -> str:
+    """The lines that the packing of a part ends with."""
+    merge = shlex.join(["python", "-m", "ddpm_dist.pack", "--merge", "--out", out])
+    lines = [
+        f"part {recorded.part} of {out}: {recorded.samples:,} samples{', there already' if kept else ''}",
+        *_left_out(recorded.tally.skipped, recorded.tally.names),
+        f"when all {recorded.part.count} parts are there: {merge}",
+    ]
+    return "\n".join(lines)
+
+
+def _left_out(skipped: int, names: list[str]) -> list[str]:
+    more = ", ..." if skipped > len(names) else ""
+    return [f"left out {skipped} unreadable images: {', '.join(names)}{more}"] if skipped else []
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of pack."""
     parser = argparse.ArgumentParser(
-        prog="python -m ddpm_dist.pack",
-        description="Pack images into webdataset shards with an index, ready for training.",
+        prog="python -m ddpm_dist.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", choices=list(SOURCES), help=", ".join(SOURCES))
+    add("source", metavar="SOURCE", nargs="?", choices=list(SOURCES), help=", ".join(SOURCES))
     add("--out", required=True, metavar="DIR", help="folder to make; must not exist or be empty")
     add("--root", metavar="PATH", help="where the images are (folder) or torchvision keeps its data (default datasets)")
     add("--split", metavar="NAME", help="train (default) or test; celeba also valid and all")
@@ -240,17 +291,40 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num", type=int, metavar="N", help="shapes: how many images (default 20000)")
     add("--seed", type=int, metavar="S", help="shapes: which images (default 0)")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping")
+    add("--part", metavar="I/N", help="pack only part I (0 to N-1) of N, beside DIR, until --merge joins all parts")
+    add("--merge", action="store_true", help="join the parts of DIR; SOURCE and its options may be given or left out")
     return parser
 
 
 @exit_codes
 def main(argv: list[str] | None = None) -> int | None:
     """Entry point: pack, then print what was made and the next command."""
-    options = vars(build_parser().parse_args(argv))
-    source, out = options.pop("source"), options.pop("out")
+    parser = build_parser()
+    options = vars(parser.parse_args(argv))
+    source, out, part, merging = (options.pop(name) for name in ("source", "out", "part", "merge"))
+    if merging:
+        if part is not None:
+            raise UserError("--merge comes when all parts are done: leave --part away")
+        merged = pack_merge.merge(out, _expected(parser, source, options))
+        print(summary(_packed(merged.index, merged.tally, merged.notes), merged.source or source))
+        return
+    if source is None:
+        parser.error("the following arguments are required: SOURCE")
     options["image_format"] = options.pop("format")
-    packed = pack(source, out, progress=True, **options)
-    print(summary(packed, source))
+    if part is None:
+        print(summary(pack(source, out, progress=True, **options), source))
+    else:
+        print(part_summary(*pack_part(source, out, parse_part(part), progress=True, **options), out))
+
+
+def _expected(parser: argparse.ArgumentParser, source: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a merge was given; they must be those of the parts."""
+    given = {key: value for key, value in options.items() if value != parser.get_default(key)}
+    for key in ("workers", "download"):  # they change nothing
+        given.pop(key, None)
+    if "root" in given:
+        given["root"] = os.path.abspath(given["root"])
+    return given | ({"source": source} if source else {})
 
 
 if __name__ == "__main__":

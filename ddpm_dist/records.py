@@ -13,7 +13,7 @@ from ddpm_dist.checkpoint import Workplace
 from ddpm_dist.checkpoint.format import Piece
 from ddpm_dist.config import Config
 from ddpm_dist.data.pipeline import Loader
-from ddpm_dist.errors import RunFailed, UserError
+from ddpm_dist.errors import RunFailed, UserError, in_words
 from ddpm_dist.flops import peak_flops, training_flops
 from ddpm_dist.rendezvous import slurm_job
 from ddpm_dist.runtime import Runtime
@@ -69,7 +69,7 @@ class Records:
             )
         except OSError as error:
             raise UserError(
-                f"run directory {folder} cannot be written: {error.strerror}; make room or set run.dir"
+                f"run directory {folder} cannot be written: {in_words(error)}; make room or set run.dir"
             ) from None
 
     def account(self, result: StepResult) -> None:

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddpm_dist import rendezvous
+from ddpm_dist import rendezvous, signals
 from ddpm_dist.errors import UserError
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass
@@ -79,9 +77,17 @@ def start() -> Runtime:
     taken, and when SLURM's first node has no address.
     """
     rendezvous.join()
-    rendezvous.watch_launchers(stopping=stop_requested)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rendezvous.watch_launchers(stopping=signals.stop_requested)
+    rank, world_size, local_rank = (
+        _from_launcher("RANK", 0),
+        _from_launcher("WORLD_SIZE", 1),
+        _from_launcher("LOCAL_RANK", 0),
+    )
+    if "RANK" in os.environ and not ("WORLD_SIZE" in os.environ and rank < world_size):
+        raise UserError(
+            f"RANK={rank} is set and WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}: a launcher sets both; "
+            "unset RANK to run a single process"
+        )
     if torch.cuda.is_available():
         device = torch.device("cuda", device_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
@@ -91,6 +97,26 @@ def start() -> Runtime:
         _join_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo")
     return Runtime(rank, world_size, local_rank, device, control)
+
+
+def _from_launcher(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(
+            f"the environment has {name}={text!r}, which is not a number: start with torchrun, deepspeed or srun"
+        )
+    return int(text)
+
+
+def _timeout() -> datetime.timedelta:
+    text = os.environ.get("DDPM_DIST_TIMEOUT_MINUTES", "10")
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e6:
+        raise UserError(f"DDPM_DIST_TIMEOUT_MINUTES={text!r} is not a number of minutes above 0")
+    return datetime.timedelta(minutes=minutes)
 
 
 def device_index(local_rank: int, visible: int) -> int:
@@ -110,12 +136,15 @@ def device_index(local_rank: int, visible: int) -> int:
 
 
 def _join_group(backend: str) -> None:
-    timeout = datetime.timedelta(minutes=float(os.environ.get("DDPM_DIST_TIMEOUT_MINUTES", 10)))
+    timeout = _timeout()
     if "RANK" not in os.environ:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         return
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun --max-restarts keeps its store: a second attempt must not find the addresses of the first.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     except dist.DistNetworkError as reason:
         if "EADDRINUSE" not in str(reason):
             raise
@@ -141,37 +170,6 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-_received = 0  # the stop signal that arrived last
-_arrived: socket.socket | None = None  # the numbers of all signals, as they came
-
-
-def catch_stop_signals() -> None:
-    """From now on SIGTERM, SIGINT and SIGUSR1 only set a flag (main thread only). Call it early: start-up takes a while."""
-    global _arrived
-    for number in STOP_SIGNALS:
-        signal.signal(number, _on_signal)
-    # Python runs _on_signal when the main thread has time, not while it waits for another rank. A byte is written at once.
-    _arrived, told = socket.socketpair()
-    _arrived.setblocking(False)
-    told.setblocking(False)
-    signal.set_wakeup_fd(told.detach(), warn_on_full_buffer=False)
-
-
-def stop_requested() -> bool:
-    """Whether this process has been sent a stop signal, even if its main thread does not know yet. From any thread."""
-    if _received or _arrived is None:
-        return _received != 0
-    try:
-        return any(number in STOP_SIGNALS for number in _arrived.recv(4096, socket.MSG_PEEK))
-    except BlockingIOError:
-        return False
-
-
-def _on_signal(number: int, frame: Any) -> None:
-    global _received
-    _received = number
-
-
 TAKEN_OVER = 1_000  # agreed upon like a signal, and above all of them: it goes first
 
 
@@ -192,7 +190,7 @@ class StopRequest:
         ``taken_over``: this rank found that another process owns the run directory now; then every rank gets "TAKEN_OVER".
         """
         agreed = self.finish()
-        self._flag.fill_(TAKEN_OVER if taken_over else _received)
+        self._flag.fill_(TAKEN_OVER if taken_over else signals.received())
         self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         if agreed == TAKEN_OVER:
             return "TAKEN_OVER"

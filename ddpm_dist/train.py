@@ -12,21 +12,13 @@ The same command continues a run that was interrupted.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import json
 import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ddpm_dist import rendezvous
+from ddpm_dist import rendezvous, signals
 from ddpm_dist.config import Config, load_config
 from ddpm_dist.errors import BAD_USAGE, FAILED, OK, RunFailed, UserError, exit_codes, leave
-
-if TYPE_CHECKING:
-    from ddpm_dist.trainer import Trainer
+from ddpm_dist.exit_file import forget_last_exit, is_rank_0, write_exit
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,11 +42,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
     code, reason, trainer, mine = FAILED, "failed", None, False
     try:
         rendezvous.join()  # from here on RANK is known
         forget_last_exit()
+        arguments = parse(argv)
+        if not arguments.print_config:
+            signals.catch_stop_signals()  # from here on, which is before the slow imports, a stop request waits for a step boundary
         read_config = functools.partial(load_config, arguments.config, arguments.overrides)
         if arguments.print_config:
             config = read_config()
@@ -68,7 +62,6 @@ def main(argv: list[str] | None = None) -> int:
         from ddpm_dist import runtime as runtimes
         from ddpm_dist.trainer import Trainer
 
-        runtimes.catch_stop_signals()  # from here on a stop request waits for a step boundary
         runtime = runtimes.start()
         config = runtime.together(read_config)  # the file may be missing on one node only
         trainer = Trainer(config, runtime)
@@ -101,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         failed = RunFailed(reason)
         failed.one_rank = mine
         raise failed from error
+    except SystemExit as error:  # of the argument parser, which has said why
+        code, reason = int(error.code or 0), "bad usage" if error.code else "help printed"
+        raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
         raise
@@ -111,18 +107,6 @@ def main(argv: list[str] | None = None) -> int:
             trainer.close()
 
 
-def is_rank_0() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def forget_last_exit() -> None:
-    """Empty the file of DDPM_DIST_EXIT_JSON: what an earlier start left there must not be taken for this one's code."""
-    wanted = os.environ.get("DDPM_DIST_EXIT_JSON")
-    if wanted and is_rank_0() and Path(wanted).is_file():
-        with contextlib.suppress(OSError):
-            os.truncate(wanted, 0)
-
-
 def build_model_keywords(config: Config) -> None:
     """Find wrong model keywords without building anything large. Raises UserError."""
     import torch
@@ -131,47 +115,6 @@ def build_model_keywords(config: Config) -> None:
 
     with torch.device("meta"):
         build_model(config.model.name, **config.network_keywords())
-
-
-def write_exit(trainer: Trainer | None, code: int | None, reason: str) -> None:
-    """exit.json in the run directory (if this process owns one) and where DDPM_DIST_EXIT_JSON says.
-
-    torchrun exits with 1 whatever its workers returned; the launch scripts read the code from here. A rank that alone met bad
-    input writes too, and rank 0, which then only sees a peer vanish, does not replace its words. code None: about to train;
-    said only where DDPM_DIST_EXIT_JSON says, for a script that has to know how far a run was that was killed.
-    """
-    workplace = trainer.workplace if trainer is not None else None
-    wanted = os.environ.get("DDPM_DIST_EXIT_JSON")
-    said = {"code": code, "reason": reason, "step": trainer.completed if trainer is not None else None}
-
-    def write(path: Path, values: dict[str, Any], place: Callable[[Path, str], None]) -> None:
-        try:
-            if code != FAILED or read_exit(path).get("code") is None:
-                place(path, json.dumps(values) + "\n")
-        except OSError as error:
-            print(f"warning: {path} could not be written: {error.strerror}", file=sys.stderr, flush=True)
-
-    if code is not None and workplace is not None and workplace.taken_over() is None:
-        write(trainer.folder / "exit.json", said, workplace.write_text)
-    if wanted:
-        run = str(trainer.folder.absolute()) if trainer is not None else None
-        said |= {"start_step": trainer.start_step if trainer is not None else None, "run": run}
-        write(Path(wanted), said, replace_text)
-
-
-def read_exit(path: Path) -> dict[str, Any]:
-    """What an exit file says; {} for a missing, empty or foreign one."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def replace_text(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".incomplete")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 def entry() -> None:

@@ -16,12 +16,12 @@ from ddpm_dist.checkpoint import CheckpointStore, Ownership, Reader, Workplace, 
 from ddpm_dist.checkpoint.format import Damaged, Piece
 from ddpm_dist.checkpoint.snapshots import Snapshots
 from ddpm_dist.config import Config
-from ddpm_dist.continuation import check_same_data, check_same_run
+from ddpm_dist.continuation import check_nothing_lost, check_same_data, check_same_run
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches, synthetic_batches
 from ddpm_dist.data.shards import Index
 from ddpm_dist.engines import check_engine
-from ddpm_dist.errors import OK, REQUEUE, RunFailed, UserError
+from ddpm_dist.errors import OK, REQUEUE, RunFailed, UserError, in_words
 from ddpm_dist.models import build_model
 from ddpm_dist.models.weights import initialise_from
 from ddpm_dist.previews import preview
@@ -72,8 +72,9 @@ class Trainer:
         network = build_model(config.model.name, **config.network_keywords())
 
         new = runtime.broadcast(not published(self.folder / "checkpoints") if runtime.is_main else None)
+        runtime.together(lambda: check_nothing_lost(self.folder) if new and runtime.is_main else None)
         if new and config.train.init_from:  # before the folder is owned: weights that do not fit leave nothing behind
-            runtime.together(lambda: initialise_from(config.train.init_from, network))
+            runtime.together(lambda: self._initialise(network))
 
         runtime.together(lambda: self._own_folder(fresh))
         self.workplace = runtime.broadcast(self.owner.workplace if self.owner is not None else None)
@@ -107,6 +108,16 @@ class Trainer:
             return None
         return open_index(self.config.data, pack_hint(self.config))
 
+    def _initialise(self, network: torch.nn.Module) -> None:
+        config = self.config
+        says = initialise_from(config.train.init_from, network, config.model.name, config.network_keywords())
+        here = {**config.diffusion.model_dump(mode="json"), "range": config.data.range}
+        for key in sorted(here.keys() & says.diffusion.keys()):
+            if says.diffusion[key] != here[key]:
+                self._say(
+                    f"note: {config.train.init_from} was trained with {key}={says.diffusion[key]}, this run has {here[key]}"
+                )
+
     def _own_folder(self, fresh: bool) -> None:
         if not self.runtime.is_main:
             return
@@ -128,7 +139,7 @@ class Trainer:
                 place.renew(self.folder / name)
         except OSError as error:
             raise UserError(
-                f"run directory {self.folder} cannot be written: {error.strerror}; make room or set run.dir"
+                f"run directory {self.folder} cannot be written: {in_words(error)}; make room or set run.dir"
             ) from None
 
     def _fix_what_the_start_decides(self, state: dict[str, Any]) -> None:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts of this folder: finds or makes a Python environment and installs the package into it.
 #   prepare_environment [EXTRA]   sets PYTHON and TORCHRUN
 # An active virtual or conda environment is used as it is; otherwise .venv is made in the checkout.
@@ -31,7 +32,7 @@ prepare_environment() {
     if ! grep -qxF -e "$wanted" -e "$dali test $sum" "$stamp" 2>/dev/null; then
         echo "installing ddpm_dist and what it needs (several GB at the first time) ..."
         # DeepSpeed compiles its operators when they are first used, and reads this when it is installed.
-        local -a install=("$PYTHON" -m pip install --quiet -e "$root[$dali${extra:+,$extra}]")
+        local -a install=("$PYTHON" -m pip install --quiet -e "${root}[$dali${extra:+,$extra}]")
         export DS_BUILD_OPS=0
         if [[ $dali == cuda13 ]] && "${install[@]}" -c "$root/constraints.txt"; then
             : # the exact versions that the tests passed with

@@ -145,7 +145,8 @@ class Cluster:
     def _boot(self, limit: float = 60) -> None:
         def nodes_are_idle() -> bool:
             said = self.run("sinfo", "--noheader", "--Node", "--format=%T", timeout=20).stdout.split()
-            return said == ["idle"] * len(self.nodes)  # "idle*": has not answered yet
+            # One line per node and partition. "idle*": has not answered yet
+            return set(said) == {"idle"} and len(said) >= len(self.nodes)
 
         munged = ["munged", "--foreground", "--force", "--num-threads=2", f"--socket={self.folder}/munge.socket"]
         munged += [f"--key-file={self.folder}/munge.key", f"--pid-file={self.folder}/munged.pid"]

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import TINY, environment, lines, train
 
+from ddpm_dist.config import load_config
+from ddpm_dist.data.order import plan_batches
+from ddpm_dist.engines import check_engine
+from ddpm_dist.errors import UserError
+
 ROOT = Path(__file__).parent
 ENGINES = {
     "ddp": (),
@@ -327,6 +332,46 @@ def test_a_missing_package_names_the_extra(tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and "ddpm_dist[deepspeed]" in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "stage, options, words",
+    [
+        (1, "{zero_optimization: null}", "zero_optimization must be a mapping"),
+        (1, "{zero_optimization: [1]}", "zero_optimization must be a mapping"),
+        (1, "{zero_optimization: {1: 2}}", "is no name of an option"),
+        (1, "{'zero_optimization.reduce_scatter': false}", "write options of a section nested"),
+        (1, "{zero_optimization: {cpu_offload: true}}", "conflicts with engine.offload_optimizer"),
+        (3, "{zero_optimization: {cpu_offload_param: true}}", "parameters stay on the device"),
+        (1, "{torch_autocast: []}", "torch_autocast must be a mapping"),
+        (1, "{torch_autocast: {lower_precision_safe_modules: [no.such.Module]}}", "no class that can be imported"),
+        (1, "{torch_autocast: {lower_precision_safe_modules: torch.nn.Linear}}", "give a list"),
+        (1, "{timers: {throughput: 3}}", "conflicts with tracking"),
+        (1, "{compile: {deepcompile: true}}", "conflicts with train.compile"),
+        (1, "{communication_data_type: fp99}", "DeepSpeed refuses"),
+        (1, "{flops_profiler: []}", "flops_profiler must be a mapping"),
+        (1, "{flops_profiler: {enabled: perhaps}}", "DeepSpeed refuses"),
+        (1, "{comms_logger: x}", "comms_logger must be a mapping"),
+        (2, "{prescale_gradients: true}", "is not supported"),
+        (2, "{gradient_predivide_factor: 2.0}", "is not supported"),
+        (1, "{graph_harvesting: true}", "gone from DeepSpeed"),
+        (1, "{activation_checkpointing: null}", "is not supported"),
+        (1, "{aio: 5}", "is not supported"),
+    ],
+)
+def test_options_that_deepspeed_would_stumble_over_are_refused(alone, stage, options, words):
+    config = load_config(
+        None, [*TINY, "engine.name=deepspeed", f"engine.zero_stage={stage}", f"engine.deepspeed={options}"]
+    )
+    with pytest.raises(UserError, match=words):
+        check_engine(config, plan_batches(12, None, 1), alone)
+
+
+@pytest.mark.parametrize("option", ["wall_clock_breakdown: true", "communication_data_type: fp16", "comms_logger: {enabled: true}",
+                                    "torch_autocast: {lower_precision_safe_modules: [torch.nn.Linear]}"])  # fmt: skip
+def test_good_options_pass(alone, option):
+    config = load_config(None, [*TINY, "engine.name=deepspeed", "engine.deepspeed={" + option + "}"])
+    check_engine(config, plan_batches(12, None, 1), alone)
 
 
 def test_options_of_deepspeed_are_passed_through(tmp_path):

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_dist.data.publish import folder_in_one_piece
 from ddpm_dist.data.shards import Index
-from ddpm_dist.data.writer import folder_in_one_piece
 from ddpm_dist.errors import UserError
 from ddpm_dist.pack import main, pack
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ddpm_dist.checkpoint.format import MANIFEST, Damaged, Reader, open_checkpoint
+from ddpm_dist.checkpoint.format import MANIFEST, Damaged, Reader, TooNew, open_checkpoint
 from ddpm_dist.checkpoint.retention import folder_name, published
 from ddpm_dist.errors import UserError
 
@@ -26,15 +26,21 @@ def run_of(path: Path) -> Path:
 def newest_intact(run: Path) -> Reader:
     """The newest intact checkpoint of a run, its files held open. A damaged one is named on stderr and the one before it taken.
 
-    Raises UserError when there is none, or no such folder.
+    Raises UserError when there is none, or no such folder, or when the newest is of a version that is not known here.
     """
     if not run.is_dir():
         raise UserError(f"{run} does not exist: give a run directory, a checkpoint folder or a weights file")
+    if run.name in (CHECKPOINTS, SNAPSHOTS) and published(run):
+        raise UserError(
+            f"{run} is the folder of a run's {run.name}: give the run directory {run.parent}, or one of them"
+        )
     for _ in range(10):
         problems, vanished = [], False
         for _, folder in published(run / CHECKPOINTS):
             try:
                 return held_open(folder)
+            except TooNew:
+                raise
             except UserError as error:
                 if not folder.exists():  # the run that trains has removed it: then there is a newer one
                     vanished = True
@@ -45,6 +51,11 @@ def newest_intact(run: Path) -> Reader:
             break
     if problems:
         raise UserError(f"no intact checkpoint in {run / CHECKPOINTS}: {problems[0]}")
+    if aside := sorted(path.name for path in (run / CHECKPOINTS).glob("step_*.corrupt*")):
+        raise UserError(
+            f"no intact checkpoint in {run / CHECKPOINTS}: damaged ones were set aside ({', '.join(aside[:5])}); restore one from a "
+            "backup"
+        )
     raise UserError(f"{run} holds no checkpoint yet: train it first, or give a checkpoint folder or a weights file")
 
 

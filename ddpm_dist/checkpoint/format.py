@@ -125,10 +125,14 @@ class Damaged(Exception):
     """A checkpoint that must not be used; the message names the file and what is wrong with it."""
 
 
+class TooNew(UserError):
+    """A checkpoint of a version that this program does not know: it is not damaged, and an older one is no substitute for it."""
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Parse and check the manifest and compare it with the names and sizes in the folder. Raises Damaged.
 
-    A version this program does not know raises UserError instead: the checkpoint is not damaged, the program is too old.
+    A version this program does not know raises TooNew instead.
     """
     path = folder / MANIFEST
     try:
@@ -145,7 +149,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if body.get("format") != FORMAT:
         raise Damaged(f"{path}: format is {body.get('format')!r}, not {FORMAT}")
     if body.get("version") != VERSION:
-        raise UserError(
+        raise TooNew(
             f"{path}: format version {body.get('version')}, this ddpm_dist knows version {VERSION}; use a newer ddpm_dist"
         )
     try:
@@ -217,7 +221,10 @@ class Reader:
         for file, key, first, last in self._tensors[name]["pieces"]:
             low, high = max(start, first), min(stop, last)
             if low < high:
-                flat = self._file(file).get_tensor(key).flatten()
+                try:
+                    flat = self._file(file).get_tensor(key).flatten()
+                except SafetensorError as error:  # a manifest that some other program wrote
+                    raise Damaged(f"{self.folder / file}: {error}") from None
                 if flat.numel() != last - first:
                     raise Damaged(
                         f"{self.folder / file}: {key} has {flat.numel()} elements, should have {last - first}"

@@ -40,7 +40,7 @@ from ddpm_dist.checkpoint.workplace import (
     newest_generation,
     who,
 )
-from ddpm_dist.errors import RunFailed, UserError
+from ddpm_dist.errors import RunFailed, UserError, in_words
 
 HEARTBEAT_SECONDS = 2.0
 TAKEOVER_SECONDS = 60.0
@@ -72,7 +72,7 @@ class Ownership:
             words = place.taken_over() if place is not None and error.errno in GONE else None
             if words is not None:  # by somebody who came right behind this process, or while it was paused here
                 raise RunFailed(words) from None
-            raise UserError(f"run directory {folder} cannot be written: {error.strerror}; set run.dir") from None
+            raise UserError(f"run directory {folder} cannot be written: {in_words(error)}; set run.dir") from None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()

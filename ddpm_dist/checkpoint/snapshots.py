@@ -16,7 +16,7 @@ from ddpm_dist.checkpoint.find import SNAPSHOTS
 from ddpm_dist.checkpoint.format import Piece
 from ddpm_dist.checkpoint.retention import folder_name, published, reaches
 from ddpm_dist.checkpoint.store import CheckpointStore
-from ddpm_dist.errors import UserError
+from ddpm_dist.errors import UserError, in_words
 from ddpm_dist.runtime import Runtime
 
 Take = Callable[
@@ -79,7 +79,7 @@ class Snapshots:
                 files.remove_tree(self._work / f"{folder.name}.removed")
         except OSError as error:
             raise UserError(
-                f"{self.root} cannot be used for snapshots: {error.strerror}; make room, or set ema.snapshot_every=null"
+                f"{self.root} cannot be used for snapshots: {in_words(error)}; make room, or set ema.snapshot_every=null"
             ) from None
 
 

@@ -34,7 +34,7 @@ from ddpm_dist.checkpoint.format import (
     write_pieces,
 )
 from ddpm_dist.checkpoint.retention import Retention, folder_name, published
-from ddpm_dist.errors import UserError
+from ddpm_dist.errors import UserError, in_words
 from ddpm_dist.runtime import Runtime
 
 _LEFTOVER = re.compile(r"step_\d{8,}\.(incomplete|removed)")
@@ -200,7 +200,7 @@ class CheckpointStore:
             files.make_folder(self.root, parents=True)
             leftovers = [path for path in self.root.iterdir() if _LEFTOVER.fullmatch(path.name)]
         except OSError as error:
-            raise UserError(f"{self.root} cannot be used for checkpoints: {error.strerror}; set run.dir") from None
+            raise UserError(f"{self.root} cannot be used for checkpoints: {in_words(error)}; set run.dir") from None
         for path in leftovers:
             try:
                 files.remove_tree(path)

@@ -1,31 +1,32 @@
-"""Writing a shard folder: encode in parallel, write tars in order, publish the whole folder by one rename."""
+"""Writing a shard folder: encode in parallel, write tars in order, add their index."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
-import re
-import shutil
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from ddpm_dist.data.encode import Encoded, Item, Recipe, encode_chunk
+from ddpm_dist.data.index_file import write_index
+from ddpm_dist.data.sources import Source
 from ddpm_dist.data.tars import Scan, scan_shard
 from ddpm_dist.errors import UserError
 
 CHUNK = 32  # images that travel to a worker process together
 MAX_SHARD_BYTES = 2_000_000_000
-OUR_FILES = re.compile(r"[a-z0-9-]+-\d{6,}\.tar|index\.(json|npy)")
+NAMES_SHOWN = 5
 
 
 # ---- encoding in parallel -------------------------------------------------------------------------------------------
@@ -97,8 +98,12 @@ class _Tar:
             self.file.close()
 
 
-def write_tars(folder: Path, name: str, encoded: Iterable[Encoded], extension: str, per_shard: int) -> list[Scan]:
+def write_tars(
+    folder: Path, name: str, encoded: Iterable[Encoded], extension: str, per_shard: int, first: int = 0
+) -> list[Scan]:
     """Write samples into ``NAME-000000.tar`` and so on with ``webdataset.ShardWriter``, and read every tar back.
+
+    The first shard has the number ``first``.
 
     A shard ends after ``per_shard`` samples or when it has reached 2 GB. The bytes depend only on the samples: no
     time, user or umask gets into them. A sample's key is its position in the source.
@@ -127,7 +132,7 @@ def write_tars(folder: Path, name: str, encoded: Iterable[Encoded], extension: s
         for sample in encoded:
             if writer is None:  # opens its first shard at once, which must not stay empty
                 writer = ShardWriter(
-                    f"{name}-%06d.tar", per_shard, MAX_SHARD_BYTES, finished, verbose=0, opener=opener,
+                    f"{name}-%06d.tar", per_shard, MAX_SHARD_BYTES, finished, first, verbose=0, opener=opener,
                     encoder=False, mtime=0, user="", group="", mode=0o644,
                 )  # fmt: skip
             files = {"__key__": f"{sample.position:08d}", extension: sample.data}
@@ -143,100 +148,92 @@ def write_tars(folder: Path, name: str, encoded: Iterable[Encoded], extension: s
     return scans
 
 
-# ---- a folder that appears complete or not at all --------------------------------------------------------------------
+# ---- a whole folder -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def folder_in_one_piece(out: Path) -> Iterator[Path]:
-    """Yield ``OUT.incomplete`` to write into; when the block ends well it is flushed to disk and renamed to ``out``.
+@dataclass
+class Tally:
+    """What became of the images: left out (with the first few names and reasons), recoloured, kept per label."""
 
-    When the block raises, what it wrote is removed. A leftover of a pack that was killed is replaced.
+    skipped: int = 0
+    names: list[str] = field(default_factory=list)
+    recoloured: int = 0
+    labels: Counter[int] = field(default_factory=Counter)
+
+    def readable(self, encoded: Iterable[Encoded], skip_bad: bool) -> Iterator[Encoded]:
+        """Pass readable samples on and count all. Raises UserError at the first unreadable one unless ``skip_bad``."""
+        for sample in encoded:
+            if sample.data is not None:
+                self.recoloured += sample.recoloured
+                self.labels[sample.label] += 1
+                yield sample
+                continue
+            if not skip_bad:
+                raise UserError(
+                    f"{sample.name}: cannot be read as an image ({sample.reason}): repair or remove it, "
+                    "or pass --skip-bad to leave such images out"
+                )
+            self.skipped += 1
+            if len(self.names) < NAMES_SHOWN:
+                self.names.append(f"{sample.name} ({sample.reason})")
+
+    def notes(self, classes: list[str] | None, channels: int) -> list[str]:
+        """What the user should know of it."""
+        found = []
+        if self.recoloured:
+            found.append(
+                f"converted {self.recoloured} images to {'grey' if channels == 1 else 'RGB'} (--channels chooses)"
+            )
+        empty = [name for label, name in enumerate(classes or []) if not self.labels[label]]
+        if empty:
+            found.append(f"classes without any image: {', '.join(empty)}")
+        return found
+
+
+def fill_folder(
+    folder: Path,
+    images: Source,
+    positions: range,
+    recipe: Recipe,
+    *,
+    per_shard: int,
+    workers: int | None,
+    skip_bad: bool,
+    progress: bool,
+    first: int = 0,
+) -> Tally:
+    """Write the images at ``positions`` of a source into ``folder``: tars, the first with the number ``first``, and their index.
+
+    Without one readable image (or any position) nothing is written. For the other arguments see ``ddpm_dist.pack.pack``.
 
     Raises:
-        UserError: ``out`` exists and is not an empty folder, another pack is writing there, something that is not ours
-            lies in the way, or the file system refuses (full, read-only, no permission).
+        UserError: an image that cannot be read, a worker process that died.
+        OSError: the disk is full, for instance.
     """
-    out = Path(os.path.realpath(out))
-    aside = out.with_name(out.name + ".incomplete")
-    try:
-        _check_free(out)
-        lock = _make_aside(aside)
-        try:
-            try:
-                yield aside
-                _fsync_folder(aside)
-            except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
-                raise
-            _publish(aside, out)
-        finally:
-            os.close(lock)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "free some space or choose another --out; nothing was kept" if full else "choose another --out"
-        raise UserError(f"cannot write {out}: {error.strerror or error}; {advice}") from None
+    tally = Tally()
+    if not positions:
+        return tally
+    items = ((position, images.item(position)) for position in positions)
+    encoded = encode_all(items, recipe, _worker_count(workers, len(positions)))
+    kept = tally.readable(_with_bar(encoded, len(positions), images.name, progress), skip_bad)
+    scans = write_tars(folder, images.name, kept, recipe.image_format, per_shard, first)
+    if scans:
+        samples = np.concatenate([scan.samples for scan in scans])
+        shards = [scan.shard for scan in scans]
+        write_index(folder, shards, samples, images.classes, recipe.channels, recipe.image_format)
+    return tally
 
 
-def _check_free(out: Path) -> None:
-    if out.is_dir():
-        if any(out.iterdir()):
-            raise UserError(f"{out} is not empty: choose another --out, or remove it first")
-        if os.path.ismount(out):
-            raise UserError(f"{out} is a mount point and cannot be replaced as a whole: use a folder inside it")
-    elif os.path.lexists(out):
-        raise UserError(f"{out} exists and is not a folder: choose another --out")
+def _worker_count(workers: int | None, images: int) -> int:
+    """One per usable CPU, but none that would find nothing to do: starting one costs more than a few chunks."""
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), -(-images // (8 * CHUNK)))
+    return min(workers, -(-images // CHUNK))
 
 
-def _make_aside(aside: Path) -> int:
-    """Create ``aside`` empty and lock it; returns the descriptor that holds the lock."""
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    if os.path.lexists(aside):
-        if aside.is_symlink() or not aside.is_dir():
-            raise UserError(f"{aside} is in the way and is not a leftover of pack: move it away")
-        lock = _lock(aside)
-        try:
-            with os.scandir(aside) as entries:
-                alien = [entry.name for entry in entries if not _is_ours(entry)]
-            if alien:
-                raise UserError(
-                    f"{aside} is in the way and holds something that pack did not write ({alien[0]}): move it away"
-                )
-            shutil.rmtree(aside)
-        finally:
-            os.close(lock)
-    os.mkdir(aside)
-    return _lock(aside)
+def _with_bar(encoded: Iterator[Encoded], total: int, name: str, progress: bool) -> Iterator[Encoded]:
+    if not progress:
+        return encoded
+    from tqdm import tqdm
 
-
-def _is_ours(entry: os.DirEntry) -> bool:
-    return OUR_FILES.fullmatch(entry.name) is not None and entry.is_file(follow_symlinks=False)
-
-
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another pack is writing {folder}: wait for it, or choose another --out") from None
-    except OSError:
-        pass  # some network file systems have no locks; then two packs must not share one --out
-    return descriptor
-
-
-def _publish(aside: Path, out: Path) -> None:
-    try:
-        os.rename(aside, out)  # replaces an empty folder, and only an empty one
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be put in place ({error.strerror}): the complete data is in {aside}, rename it yourself"
-        ) from None
-    _fsync_folder(out.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return iter(tqdm(encoded, total=total, desc=f"packing {name}", unit="img", disable=None, dynamic_ncols=True))

@@ -33,6 +33,10 @@ OWNED = {
     "data_types": "train.precision and engine.param_dtype",
     "zero_optimization.stage": "engine.zero_stage",
     "zero_optimization.offload_optimizer": "engine.offload_optimizer",
+    "zero_optimization.cpu_offload": "engine.offload_optimizer",
+    "zero_optimization.cpu_offload_use_pin_memory": "engine.offload_optimizer",
+    "compile": "train.compile",
+    "timers": "tracking",
     "checkpoint": "checkpoint",
     "tensorboard": "tracking",
     "wandb": "tracking",
@@ -46,6 +50,16 @@ UNSUPPORTED = {
     "managed_gradient_accumulation": "micro-batches are counted by the trainer",
     "zero_optimization.compute_grad_norm": "the norm is computed on the device by our own guard",
     "zero_optimization.offload_param": "parameters stay on the device",
+    "zero_optimization.cpu_offload_param": "parameters stay on the device",
+    "zero_optimization.cpu_offload_params": "parameters stay on the device",
+    "activation_checkpointing": "the networks are not written for it",
+    "aio": "it is for offloading to disks",
+    "prescale_gradients": "the loss is scaled for an average",
+    "gradient_predivide_factor": "the loss is scaled for an average",
+    "seq_parallel_communication_data_type": "only data parallelism is supported",
+    "sparse_gradients": "no network here has any",
+    "graph_harvesting": "it is gone from DeepSpeed",
+    "disable_allgather": "it is gone from DeepSpeed",
     "zero_optimization.round_robin_gradients": "it shuffles the parameters between the ranks",
     "zero_optimization.zero_hpz_partition_size": "it keeps a second partitioning",
     "zero_optimization.zero_quantized_weights": "it changes the numbers",
@@ -65,12 +79,11 @@ UNSUPPORTED = {
     "elasticity": "every world size that divides the global batch can resume anyway",
     "load_universal_checkpoint": "checkpoints are ours",
 }
+SECTIONS = ("zero_optimization", "torch_autocast", "flops_profiler", "comms_logger")
 # What else DeepSpeed reads at the top level. It ignores every other word silently, so a typing error would do nothing.
 PASSED_ON = (
-    "zero_optimization", "torch_autocast", "communication_data_type", "seq_parallel_communication_data_type",
-    "prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "flops_profiler", "comms_logger", "compile",
-    "activation_checkpointing", "aio", "graph_harvesting", "disable_python_gc",
+    "zero_optimization", "torch_autocast", "communication_data_type", "steps_per_print", "wall_clock_breakdown", "memory_breakdown",
+    "dump_state", "flops_profiler", "comms_logger", "disable_python_gc",
 )  # fmt: skip
 
 
@@ -86,17 +99,26 @@ def check(config: Config, plan: BatchPlan, runtime: Runtime) -> None:
     if config.engine.offload_optimizer:
         _check_host_memory(count, runtime)
     import_deepspeed(runtime)
+    _let_deepspeed_read(values)
+
+
+def _let_deepspeed_read(values: dict[str, Any]) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
+    where, lines = "engine.deepspeed.zero_optimization.", []
     try:
         DeepSpeedZeroConfig(**values["zero_optimization"])
+        where = "engine.deepspeed."
+        # It would compare the global batch with the ranks, before it knows how many they are.
+        DeepSpeedConfig({key: value for key, value in values.items() if key != "train_batch_size"})
     except ValidationError as error:
-        lines = [
-            f"engine.deepspeed.zero_optimization.{'.'.join(map(str, item['loc']))}: {item['msg']}"
-            for item in error.errors()
-        ]
-        raise UserError("DeepSpeed refuses its configuration:\n  " + "\n  ".join(lines)) from None
+        lines = [f"{where}{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+    except Exception as error:  # whatever it stumbles over came through engine.deepspeed
+        lines = [f"{where.rstrip('.')}: {type(error).__name__}: {error}"]
+    if lines:
+        raise UserError("DeepSpeed refuses its configuration:\n  " + "\n  ".join(lines))
 
 
 def import_deepspeed(runtime: Runtime) -> Any:
@@ -175,10 +197,33 @@ def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key, value in values.items():
         path = f"{prefix}{key}"
+        if not isinstance(key, str) or "." in key:
+            raise UserError(
+                f"engine.deepspeed: {path!r} is no name of an option; write options of a section nested, {{section: {{option: 1}}}}"
+            )
+        if not prefix and key in SECTIONS and not isinstance(value, dict):
+            raise UserError(f"engine.deepspeed.{key} must be a mapping of options (got {value!r:.60})")
+        if path == "torch_autocast.lower_precision_safe_modules":
+            _check_modules(value)
         found.append(path)
         if isinstance(value, dict):
             found += _paths(value, f"{path}.")
     return found
+
+
+def _check_modules(names: Any) -> None:
+    """DeepSpeed imports each of these classes by its name, and stumbles over one that it does not find."""
+    for name in names if isinstance(names, list) else [names]:
+        module, _, word = str(name).rpartition(".")
+        try:
+            found = isinstance(names, list) and hasattr(importlib.import_module(module), word)
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            raise UserError(
+                f"engine.deepspeed.torch_autocast.lower_precision_safe_modules: {name!r} is no class that can be imported; give a list "
+                "such as [torch.nn.Linear]"
+            )
 
 
 def _refuse(path: str) -> None:

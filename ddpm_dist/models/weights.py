@@ -127,11 +127,34 @@ def load_described(path: str | Path) -> tuple[nn.Module, Description]:
     return network.eval(), description
 
 
-def initialise_from(path: str | Path, network: nn.Module) -> None:
-    """Copy the weights of a weight file into ``network``. Raises UserError when they do not fit."""
-    tensors, _ = _read(path)
+def initialise_from(path: str | Path, network: nn.Module, name: str, keywords: dict[str, Any]) -> Description:
+    """Copy the weights of a weight file into ``network``, which ``build_model(name, **keywords)`` made.
+
+    Returns what the file says about them. Raises UserError when they do not fit, or hold values that are not finite.
+    """
+    if Path(path).is_dir():
+        raise UserError(
+            f"{path} is a folder: train.init_from takes a weights file; python -m ddpm_dist.export {path} --out model.safetensors makes "
+            "one from a run"
+        )
+    tensors, metadata = _read(path)
+    description = Description.parse(metadata, path)
     check_shapes(_shapes(tensors), _shapes(network.state_dict()), str(path))
+    # What no shape shows: the same tensors would compute something else.
+    there, here = {"name": description.name, **description.keywords}, {"name": name, **keywords}
+    silent = [key for key in here if key not in ("dropout", "image_size") and there.get(key, here[key]) != here[key]]
+    if silent:
+        raise UserError(
+            f"{path}: these are the weights of another network: "
+            + ", ".join(f"model.{key} is {there[key]} in the file, {here[key]} in the configuration" for key in silent)
+        )
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"{path}: {key} holds values that are not finite (NaN or infinite); training cannot start from it"
+            )
     network.load_state_dict(tensors)
+    return description
 
 
 def network_shapes(name: str, keywords: dict[str, Any]) -> _Shapes:
