@@ -211,7 +211,7 @@ def check_target(out: Path, force: bool) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {in_words(error)}; choose another --out") from None
+        raise UserError(f"cannot write into {out.parent}: {error.strerror}; choose another --out") from None
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

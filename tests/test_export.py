@@ -448,9 +448,14 @@ def test_targets_are_checked_before_the_work(run, tmp_path, capsys):
         assert export.main([str(run), "--out", str(tmp_path / out)]) == 2
         refused(capsys, *words)
     assert everything_in(tmp_path) == dict.fromkeys(["old.safetensors", "described.json", "file"], b"mine")
-    inside = run / "checkpoints/step_00000040/m.safetensors"
-    assert export.main([str(run), "--out", str(inside)]) == 2
-    refused(capsys, "is a checkpoint, in which nothing may change")
+    for inside in ("step_00000040/m.safetensors", "m.safetensors"):
+        assert export.main([str(run), "--out", str(run / "checkpoints" / inside)]) == 2
+        refused(capsys, "belongs to the checkpoints of a run")
+    assert export.main([str(run), "--out", str(tmp_path / f"{'m' * 300}.safetensors")]) == 2
+    refused(capsys, "cannot write into", "too long")
+    assert export.main([str(tmp_path), "--out", str(tmp_path / "new/m.safetensors")]) == 2
+    assert not (tmp_path / "new").exists(), "a folder is made when there is something to put into it"
+    refused(capsys, "holds no checkpoint")
     assert export.main([str(run), "--out", str(tmp_path / "old.safetensors"), "--force"]) == 0
     assert load_file(tmp_path / "old.safetensors") and json.loads((tmp_path / "old.json").read_text())
 

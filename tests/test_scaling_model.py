@@ -242,7 +242,7 @@ def test_a_measured_cluster_is_carried_on():
     report["device"], report["environment"]["hardware"]["gpus"] = "cuda", ["H300"]
     for entry in (*report["points"], *report["all_reduce"]):  # GPUs share no cores
         timed(entry, replace(TRUTH, cores=None))
-    found = scaling_predict.predict(report, data, Site(variation=0), Workload(), None)
+    found = scaling_predict.predict(report, data, Site(variation=0), Workload())
     assert found["errors"]["summary"]["step, predicted"]["largest"] < 0.01
     profile = found["profiles"]["fitted"]
     assert profile["name"] == "H300, fitted"
