@@ -55,6 +55,7 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
 JobRequeue=1
 ReturnToService=2
 MinJobAge=600
+FirstJobId={first_job}
 """
 
 
@@ -203,7 +204,10 @@ def _configure(folder: Path, names: list[str], cpus: int, gpus: int, settings: t
     (folder / "munge.key").chmod(0o600)
     host = socket.gethostname().split(".")[0]
     port, *ports = _free_ports(1 + len(names))
-    lines = CONF.format(host=host, port=port, user=getpass.getuser(), folder=folder).splitlines()
+    # Ports of a job follow from its number: two clusters on one machine must not count the same jobs.
+    lines = CONF.format(
+        host=host, port=port, user=getpass.getuser(), folder=folder, first_job=secrets.randbelow(1_000_000) + 1
+    ).splitlines()
     gres = ""
     if gpus:
         devices = [folder / f"gpu{i}" for i in range(gpus)]
