@@ -333,10 +333,11 @@ def test_a_weight_file_brings_back_the_network_and_its_process(saved):
 def test_a_weight_file_initialises_a_network_of_the_same_shape_only(saved):
     network, path = saved
     twin = build_model("unet_conditional", num_classes=4, **TINY)
-    initialise_from(path, twin)
+    initialise_from(path, twin, "unet_conditional", {"num_classes": 4, **TINY})
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), twin.parameters(), strict=True))
     with pytest.raises(UserError, match=r"label_emb.weight: \[4, 16\] in the file, \[5, 16\] in the network"):
-        initialise_from(path, build_model("unet_conditional", num_classes=5, **TINY))
+        other = build_model("unet_conditional", num_classes=5, **TINY)
+        initialise_from(path, other, "unet_conditional", {"num_classes": 5, **TINY})
 
 
 def rewrite(path, change_metadata=None, change_tensors=None):
