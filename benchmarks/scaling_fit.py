@@ -143,7 +143,9 @@ def errors(report: dict[str, Any], found: Calibration) -> dict[str, Any]:
         })  # fmt: skip
 
     for point in report["points"]:
-        name = f"{point['mode']}, {point['ranks']} ranks" + (f", {point['nodes']} nodes" if point["nodes"] > 1 else "")
+        name = f"{point['mode']}, {point['ranks']} rank{'s' * (point['ranks'] > 1)}" + (
+            f", {point['nodes']} nodes" if point["nodes"] > 1 else ""
+        )
         add("step", name, point, "step_s", found.step(point))
         if point["without_exchange_s"] is not None and point["ranks"] > 1:
             add("without exchange", name, point, "without_exchange_s", found.compute(point))

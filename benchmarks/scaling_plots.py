@@ -30,7 +30,8 @@ def draw(folder: Path, measured: dict[str, Any], report: dict[str, Any], data: d
             ("checkpoints", lambda: _checkpoints(plt, report)), ("data", lambda: _data(plt, report, data)),
         ):  # fmt: skip
             figure = function()
-            figure.tight_layout()
+            if figure.get_layout_engine() is None:
+                figure.tight_layout()
             figure.savefig(folder / f"scaling_{name}.png", metadata={"Software": None})
             plt.close(figure)
 
@@ -45,7 +46,7 @@ def calibration(report: dict[str, Any]) -> Calibration:
 
 def _measured(plt: Any, measured: dict[str, Any], report: dict[str, Any]) -> Any:
     found, fitted = calibration(report), report["calibration"]["fitted_ranks"]
-    figure, panels = plt.subplots(1, 2, figsize=(8.6, 3.6))
+    figure, panels = plt.subplots(1, 2, figsize=(8.6, 4.1), layout="constrained")
     for axes, mode in zip(panels, ("strong", "weak"), strict=True):
         points = [point for point in measured["points"] if point["mode"] == mode]
         ranks = np.array([point["ranks"] for point in points])
@@ -72,7 +73,7 @@ def _measured(plt: Any, measured: dict[str, Any], report: dict[str, Any]) -> Any
         batch = points[0]["global_batch"] if mode == "strong" else points[0]["batch_per_rank"]
         axes.set_title(f"{mode} scaling, {batch} images per {'step' if mode == 'strong' else 'rank and step'}")
         axes.set(xlabel="ranks (gloo, one thread each)", ylabel="images/s", xticks=ranks, ylim=(0, None))
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
 

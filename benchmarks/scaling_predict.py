@@ -111,9 +111,12 @@ def data_sizes(data: dict[str, Any], site: Site, work: Workload, ranks_per_node:
 
 
 def predict(
-    measured: dict[str, Any], data: dict[str, Any], site: Site, work: Workload, rates: float | None
-) -> dict[str, Any]:
-    """The whole report. ``rates``: measured images/s of one GPU, instead of those that follow from the assumed MFU."""
+    measured: dict[str, Any], data: dict[str, Any], site: Site, work: Workload, rates: float | None = None,
+    again: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The whole report. ``rates``: measured images/s of one GPU, instead of those that follow from the assumed MFU. ``again``: a second
+    measurement of the same, which nothing is fitted to.
+    """
     found = scaling_fit.fit(measured)
     input_rate = site.cores_per_loader / data["loader"]["cpu_seconds_per_image"]
     profiles, assumed = {}, dict(PROFILES)
@@ -130,7 +133,9 @@ def predict(
         }  # fmt: skip
     return {
         "benchmark": "scaling_model", "label": LABEL, "measured_environment": measured["environment"],
-        "calibration": {**asdict(found), "fitted_ranks": scaling_fit.fitted_ranks(measured)}, "errors": scaling_fit.errors(measured, found),
+        "calibration": {**asdict(found), "fitted_ranks": scaling_fit.fitted_ranks(measured)},
+        "errors": scaling_fit.errors(measured, found),
+        "errors_again": scaling_fit.errors(again, found)["summary"] if again else {},
         "site": asdict(site), "workload": asdict(work), "input_rate_per_rank": input_rate, "profiles": profiles,
         "checkpoints": {w.name: [checkpoints(site, w, gpus) for gpus in GPUS] for w in (work, LARGE)},
         "data": data_sizes(data, site, work), "order_coefficient": fit_order(data["order"]),
@@ -168,7 +173,8 @@ def memory(size: float) -> str:
 
 def error_table(report: dict[str, Any]) -> str:
     rows = [("error of the model", "points", "median", "largest", "median, to the median turns")]
-    for name, entry in report["errors"]["summary"].items():
+    again = {f"measured again: {name}": entry for name, entry in report["errors_again"].items()}
+    for name, entry in {**report["errors"]["summary"], **again}.items():
         figures = (entry["median"], entry["largest"], entry["median_to_medians"])
         rows.append((name, str(entry["points"]), *(f"{figure:.0%}" for figure in figures)))
     return "\n".join(markdown(rows))
@@ -267,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--measured", type=Path, required=True, help="report of benchmarks.scaling")
+    parser.add_argument("--again", type=Path, help="a second report of the same, only to state the error on it")
     parser.add_argument("--data", type=Path, required=True, help="report of benchmarks.scaling_data")
     parser.add_argument(
         "--images-per-sec", type=float, help="measured speed of one GPU (default: from the assumed MFU)"
@@ -285,7 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     measured, data = read(args.measured, "scaling"), read(args.data, "scaling_data")
     site = Site() if args.node_mtbf_days is None else Site(node_mtbf=86_400 * args.node_mtbf_days)
     try:
-        report = predict(measured, data, site, Workload(), args.images_per_sec)
+        again = read(args.again, "scaling") if args.again else None
+        report = predict(measured, data, site, Workload(), args.images_per_sec, again)
     except ValueError as error:
         raise UserError(f"{args.measured}: {error}") from None
     for title, text in tables(report).items():
