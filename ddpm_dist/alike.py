@@ -19,6 +19,7 @@ from ddpm_dist.runtime import Runtime
 
 PACKAGES = ("torch", "numpy", "safetensors", "deepspeed", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 ABSENT = "(absent)"
+OF_A_NODE = ("data.shards", "data.cache_dir")  # may be local disks; what the shards hold is compared by the fingerprint
 
 
 def check_alike(runtime: Runtime, config: Config, data_fingerprint: str | None) -> None:
@@ -67,4 +68,4 @@ def _digest_of_sources() -> str:
 
 
 def _configuration(config: Config) -> dict[str, str]:
-    return {key: str(value) for key, value in flatten(config.to_dict()).items()}
+    return {key: str(value) for key, value in flatten(config.to_dict()).items() if key not in OF_A_NODE}
