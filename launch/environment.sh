@@ -1,23 +1,40 @@
 # shellcheck shell=bash
 # Sourced by the scripts of this folder: finds or makes a Python environment and installs the package into it.
-#   prepare_environment [EXTRA]   sets PYTHON and TORCHRUN
+#   prepare_environment [EXTRA]   sets PYTHON; installs what is missing or has changed
+#   use_environment               sets PYTHON; installs only where nothing is installed yet. The code of this checkout runs, from any folder
 # An active virtual or conda environment is used as it is; otherwise .venv is made in the checkout.
 
-prepare_environment() {
-    local extra="${1:-}" root dali stamp sum wanted
+find_environment() {
+    local root
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     if [[ -n "${VIRTUAL_ENV:-}" ]]; then
         PYTHON="$VIRTUAL_ENV/bin/python"
     elif [[ -n "${CONDA_PREFIX:-}" && "${CONDA_DEFAULT_ENV:-base}" != base ]]; then
         PYTHON="$CONDA_PREFIX/bin/python"
     else
-        if [[ ! -x "$root/.venv/bin/python" ]]; then
-            local base
-            base="$(find_python)" || return 2
-            echo "making a virtual environment in .venv with $("$base" --version)"
-            "$base" -m venv "$root/.venv"
-        fi
         PYTHON="$root/.venv/bin/python"
+    fi
+}
+
+use_environment() {
+    local root
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+    find_environment
+    if ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("pydantic")))' 2>/dev/null; then
+        prepare_environment || return
+    fi
+    export PYTHON PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+prepare_environment() {
+    local extra="${1:-}" root dali stamp sum wanted
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+    find_environment
+    if [[ $PYTHON == "$root/.venv/bin/python" && ! -x $PYTHON ]]; then
+        local base
+        base="$(find_python)" || return 2
+        echo "making a virtual environment in .venv with $("$base" --version)"
+        "$base" -m venv "$root/.venv"
     fi
     if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         echo "error: $PYTHON is older than Python 3.11: activate a newer environment or none" >&2

@@ -249,3 +249,17 @@ def test_bad_input_is_said_and_not_requeued(cluster, place, wrong, variables, wo
     done = run.over()
     assert (done["JobState"], done["ExitCode"], done["Restarts"]) == ("FAILED", "2:0", "0"), run.log()
     assert run.log().count("\nerror: ") == 1 and words in run.log(), run.log()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_named_and_the_job_comes_back(cluster, place):
+    run = Run(
+        cluster, place, FLAGSHIP, "--nodes=2", "--partition=low", config="empty.yaml",
+        overrides=(*ENDLESS, "train.hang_seconds=5"),
+    )  # fmt: skip
+    run.trains(0)
+    stopped = rank_process(cluster, 1)
+    os.kill(stopped, signal.SIGSTOP)
+    run.again(1)  # also node 2's part is ended, whose torchrun does not notice
+    assert f"rank 1 (process {stopped} on " in run.said()["reason"], run.log()
+    assert run.said()["code"] == 1 and run.log().count("failed: rank 1 ") == 1
