@@ -178,7 +178,7 @@ def host_name() -> Iterator[Finding]:
 def ports() -> Iterator[Finding]:
     """A server on any port, and a connection to it, as the ranks' meeting is."""
     wanted = os.environ.get("MASTER_PORT", "")
-    if wanted and not (wanted.isdecimal() and rendezvous._is_free(int(wanted))):
+    if wanted and not (wanted.isdecimal() and rendezvous.is_free(int(wanted))):
         yield Finding("problem", "ports", f"MASTER_PORT={wanted} is taken or no port", "unset it, or choose a free one")
         return
     with socket.create_server(("", 0)) as server:
@@ -195,7 +195,7 @@ def ports() -> Iterator[Finding]:
 def slurm(probed: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """What the job's variables say and whether it is what this process has; outside of a job the partitions."""
     address = environ.get("MASTER_ADDR")
-    if address and not rendezvous._resolves(address):
+    if address and not rendezvous.resolves(address):
         yield Finding("problem", "SLURM", f"MASTER_ADDR={address} does not resolve", "unset it, or correct it")
     if "SLURM_JOB_ID" not in environ:
         if shutil.which("sinfo") is None:

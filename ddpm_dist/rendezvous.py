@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
+from ddpm_dist import processes
 from ddpm_dist.errors import UserError, exit_codes
 
 # Ports below what Linux hands out by itself (from 32768). A prime count, so that neighbouring jobs and steps differ.
@@ -67,8 +67,8 @@ def step_above() -> str | None:
     """JOB.STEP of the slurmstepd that this process runs under, from its title; None where that cannot be seen (containers)."""
     pid = os.getppid()
     while pid > 1 and not _is_slurmstepd(pid):
-        pid = _parent(pid)
-    title = re.search(r"\[(\d+\.\w+)\]", _read(pid, "cmdline")) if pid > 1 else None
+        pid = processes.parent(pid)
+    title = re.search(r"\[(\d+\.\w+)\]", processes.read(pid, "cmdline")) if pid > 1 else None
     return title.group(1) if title else None
 
 
@@ -129,7 +129,7 @@ def address_of_first(environ: Mapping[str, str]) -> str:
         return "127.0.0.1"
     name = first_host(nodes)
     for address in (lambda: name, lambda: _node_address(name)):
-        if _resolves(found := address()):
+        if resolves(found := address()):
             return found
     raise UserError(
         f"{socket.gethostname()}: the node {name!r} of rank 0 (first of {nodes!r}) has no address: "
@@ -144,7 +144,7 @@ def endpoint(environ: Mapping[str, str]) -> str:
     ports if it is not. UserError: MASTER_ADDR does not resolve, MASTER_PORT is no port or taken, no port is free.
     """
     address, wanted = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    if address and not _resolves(address):
+    if address and not resolves(address):
         raise UserError(
             f"{socket.gethostname()}: MASTER_ADDR={address} does not resolve to an address: unset it, so that the first node of "
             "the job is taken, or correct it"
@@ -157,7 +157,7 @@ def endpoint(environ: Mapping[str, str]) -> str:
     # The ports of the steps that the job is least likely to start come next.
     others = (FIRST_PORT + (first + step - FIRST_PORT) % PORTS for step in range(STEPS - 1, 0, -1))
     mine = [int(wanted)] if wanted else [first, *others]
-    free = next((one for one in mine if not here or _is_free(one)), None)
+    free = next((one for one in mine if not here or is_free(one)), None)
     if free is None:
         which = f"port {wanted} (MASTER_PORT)" if wanted else f"every port from {first} on"
         raise UserError(
@@ -167,7 +167,7 @@ def endpoint(environ: Mapping[str, str]) -> str:
     return f"{address or address_of_first(environ)}:{free}"
 
 
-def _is_free(number: int) -> bool:
+def is_free(number: int) -> bool:
     """Whether a server can listen there; as torch's does, on all addresses."""
     with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -179,7 +179,7 @@ def _is_free(number: int) -> bool:
     return True
 
 
-def _resolves(name: str) -> bool:
+def resolves(name: str) -> bool:
     try:
         return bool(name) and bool(socket.getaddrinfo(name, None))
     except OSError:
@@ -210,7 +210,7 @@ def follow_launcher() -> None:
     parent, launchers = os.getppid(), launchers_above()
     if "TORCHELASTIC_RUN_ID" in os.environ or parent in launchers:
         _die_with_parent(parent)
-    _followed.extend((pid, _born(pid)) for pid in launchers)
+    _followed.extend((pid, processes.born(pid)) for pid in launchers)
 
 
 def watch_launchers(stopping: Callable[[], bool]) -> None:
@@ -235,16 +235,16 @@ def launchers_above() -> list[int]:
     while pid > 1:
         if _is_launcher(pid):
             found.append(pid)
-        elif found or not marks & set(_strings(pid, "environ")):
+        elif found or not marks & set(processes.strings(pid, "environ")):
             break
-        pid = _parent(pid)
+        pid = processes.parent(pid)
     return found
 
 
 def _is_launcher(pid: int) -> bool:
     if _is_slurmstepd(pid):
         return True
-    words = iter(_strings(pid, "cmdline")[1:])
+    words = iter(processes.strings(pid, "cmdline")[1:])
     for word in words:
         if word == "-m":
             return next(words, "") in LAUNCHER_MODULES
@@ -256,35 +256,7 @@ def _is_launcher(pid: int) -> bool:
 
 
 def _is_slurmstepd(pid: int) -> bool:
-    return _read(pid, "comm").strip() == "slurmstepd"
-
-
-def _read(pid: int, name: str) -> str:
-    """A file of /proc, "" where it does not exist or is somebody else's."""
-    try:
-        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _strings(pid: int, name: str) -> list[str]:
-    return _read(pid, name).split("\0")
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name (which may hold anything): state, parent, ..."""
-    return _read(pid, "stat").rpartition(")")[2].split()
-
-
-def _parent(pid: int) -> int:
-    fields = _stat(pid)
-    return int(fields[1]) if fields else 0
-
-
-def _born(pid: int) -> str:
-    """The start time: tells a process from a later one with the same number. "" once it has ended."""
-    fields = _stat(pid)
-    return fields[19] if fields and fields[0] != "Z" else ""
+    return processes.read(pid, "comm").strip() == "slurmstepd"
 
 
 def _die_with_parent(parent: int) -> None:
@@ -298,7 +270,7 @@ def _die_with_parent(parent: int) -> None:
 
 def _watch(stopping: Callable[[], bool]) -> None:
     # Looking again and again, because pidfd_open is too new for the kernels of many clusters.
-    while all(born and _born(pid) == born for pid, born in _followed):
+    while all(born and processes.born(pid) == born for pid, born in _followed):
         time.sleep(0.5)
     if not stopping():
         print("the launcher is gone, stopping", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from ddpm_dist import rendezvous
+from ddpm_dist import processes, rendezvous
 from ddpm_dist.errors import FAILED, UserError, exit_codes
 
 READY = "ddpm_dist: this host is ready"
@@ -75,7 +75,7 @@ def check(job: dict[str, Any]) -> None:
         raise wrong(
             f"{address}, where the ranks meet, is no name known here: set MASTER_ADDR to an address of the first host"
         ) from None
-    if job["index"] == 0 and not rendezvous._is_free(port):
+    if job["index"] == 0 and not rendezvous.is_free(port):
         raise wrong(f"port {port} is taken by another program: set MASTER_PORT to a free one, or unset it")
 
 
@@ -108,7 +108,7 @@ def run(job: dict[str, Any], orders: Orders, folder: Path) -> int:
     # The ranks die with torchrun. Those of a deepspeed command that was killed save first.
     until = time.monotonic() + LAST_WORDS
     while (
-        left := [pid for pid, born in ranks.items() if born and rendezvous._born(pid) == born]
+        left := [pid for pid, born in ranks.items() if born and processes.born(pid) == born]
     ) and time.monotonic() < until:
         time.sleep(0.1)
     for pid in left:
@@ -131,7 +131,7 @@ def ask_to_stop(launcher: int, told: set[tuple[int, str]]) -> None:
     Not TERM or INT, with which launchers end their workers. Not twice: Python takes its handlers away before it exits.
     """
     for rank in set(ranks_below(launcher).items()) - told:
-        caught = re.search(r"^SigCgt:\s*(\w+)", rendezvous._read(rank[0], "status"), re.MULTILINE)
+        caught = re.search(r"^SigCgt:\s*(\w+)", processes.read(rank[0], "status"), re.MULTILINE)
         if caught and int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1:
             _kill(rank[0], signal.SIGUSR1)
             told.add(rank)
@@ -149,13 +149,13 @@ def command(job: dict[str, Any], folder: Path) -> list[str]:
     else:
         # The static rendezvous ranks the hosts in the order of the list; "c10d" would rank them by name.
         launcher = [
-            "torch.distributed.run", f"--nnodes={len(job['hosts'])}", rank, f"--nproc_per_node={processes(job)}",
+            "torch.distributed.run", f"--nnodes={len(job['hosts'])}", rank, f"--nproc_per_node={rank_count(job)}",
             "--rdzv_backend=static", f"--rdzv_id={job['port']}", *meeting, *options, "-m",
         ]  # fmt: skip
     return [sys.executable, "-m", *launcher, "ddpm_dist.train", *job["arguments"]]
 
 
-def processes(job: dict[str, Any]) -> int:
+def rank_count(job: dict[str, Any]) -> int:
     """How many ranks this host gets: what the list or PROCESSES_PER_NODE says, else one per GPU, else one."""
     option = re.findall(r"--nproc[-_]per[-_]node[= ](\d+)", " ".join(job["options"]))
     given = option[-1] if option else job["hosts"][job["index"]][1] or os.environ.get("PROCESSES_PER_NODE")
@@ -172,7 +172,7 @@ def processes(job: dict[str, Any]) -> int:
 
 def environment(job: dict[str, Any]) -> dict[str, str]:
     values = {name: text for name, text in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    values.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes(job))))
+    values.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // rank_count(job))))
     if shutil.which("nvidia-smi") is None:
         values.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed has to be told
     # A stop is for the ranks: torchrun would give them 30 seconds. Which name it reads depends on its version.
@@ -229,8 +229,8 @@ def ranks_below(launcher: int) -> dict[int, str]:
     for pid, parent in _descendants(launcher):
         if parent not in callers:
             continue
-        if any(word.startswith("RANK=") for word in rendezvous._strings(pid, "environ")):
-            found[pid] = rendezvous._born(pid)
+        if any(word.startswith("RANK=") for word in processes.strings(pid, "environ")):
+            found[pid] = processes.born(pid)
         else:
             callers.add(pid)
     return found
@@ -246,7 +246,7 @@ def _descendants(root: int) -> list[tuple[int, int]]:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            children.setdefault(rendezvous._parent(int(entry.name)), []).append(int(entry.name))
+            children.setdefault(processes.parent(int(entry.name)), []).append(int(entry.name))
     found, todo = [], [root]
     while todo:
         parent = todo.pop(0)

@@ -113,7 +113,7 @@ def meeting_point(hosts: list[Host]) -> tuple[str, int]:
             f"the other hosts do not find {hosts[0].name}: call the first host by its name, or set MASTER_ADDR"
         )
     chosen = random.SystemRandom().sample(PORTS, 50)
-    free = (number for number in chosen if not hosts[0].is_local or rendezvous._is_free(number))
+    free = (number for number in chosen if not hosts[0].is_local or rendezvous.is_free(number))
     return address or hosts[0].address, int(port) if port else next(free, chosen[0])
 
 

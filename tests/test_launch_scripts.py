@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, environment
 
-from ddpm_dist import rendezvous
+from ddpm_dist import processes
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 
@@ -66,14 +66,14 @@ class Start:
     def left(self) -> list[int]:
         """Its processes that are there, whoever their parent is."""
         here = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-        return [pid for pid in here if self.mark in rendezvous._strings(pid, "environ") and rendezvous._born(pid)]
+        return [pid for pid in here if self.mark in processes.strings(pid, "environ") and processes.born(pid)]
 
     def ranks(self) -> list[int]:
         """In the order of the ranks."""
         found = {}
         for pid in self.left():
-            values = dict(word.partition("=")[::2] for word in rendezvous._strings(pid, "environ"))
-            if "RANK" in values and "ddpm_dist.train" in rendezvous._strings(pid, "cmdline"):
+            values = dict(word.partition("=")[::2] for word in processes.strings(pid, "environ"))
+            if "RANK" in values and "ddpm_dist.train" in processes.strings(pid, "cmdline"):
                 found[int(values["RANK"])] = pid
         return [found[rank] for rank in sorted(found)]
 
@@ -167,8 +167,8 @@ def test_two_hosts_train_one_run_and_ctrl_c_is_one_stop_request(start, hosts):
     ranks = run.ranks()
     assert len(ranks) == 2
     for pid in ranks:  # what ssh would not have brought along
-        assert {"COLOUR=light blue", "OMP_NUM_THREADS=1", "WORLD_SIZE=2"} <= set(rendezvous._strings(pid, "environ"))
-        assert "DDPM_DIST_RSH" not in rendezvous._read(pid, "environ")
+        assert {"COLOUR=light blue", "OMP_NUM_THREADS=1", "WORLD_SIZE=2"} <= set(processes.strings(pid, "environ"))
+        assert "DDPM_DIST_RSH" not in processes.read(pid, "environ")
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
     os.killpg(run.process.pid, signal.SIGINT)
     code, output = run.ends()
@@ -188,7 +188,7 @@ def test_over_real_ssh_a_lost_connection_makes_all_ranks_save_and_leave(start, s
     run = start("multinode.sh", "nodeA,nodeB TRAIN", ENDLESS, **ssh)
     run.wait_for_steps()
     assert len(run.ranks()) == 2
-    clients = [pid for pid in run.left() if "nodeB" in rendezvous._strings(pid, "cmdline")]
+    clients = [pid for pid in run.left() if "nodeB" in processes.strings(pid, "cmdline")]
     assert len(clients) == 1
     os.kill(clients[0], signal.SIGKILL)
     code, output = run.ends()
@@ -203,7 +203,7 @@ def test_when_one_host_fails_the_others_are_ended(start, hosts):
     run.wait_for_steps()
     first, second = run.ranks()
     os.kill(first, signal.SIGSTOP)
-    os.kill(rendezvous._parent(second), signal.SIGKILL)
+    os.kill(processes.parent(second), signal.SIGKILL)
     code, output = run.ends(60)
     assert code == 1 and not run.left(), output
     assert "nodeB ended with code 1; ending nodeA" in output

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, TINY, environment, lines, train
 
 import slurm
-from ddpm_dist import rendezvous
+from ddpm_dist import processes, rendezvous
 from ddpm_dist.errors import UserError
 from slurm import until
 
@@ -63,7 +63,7 @@ def said(run: Path) -> dict:
 
 
 def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if rendezvous._born(pid)]
+    return [pid for pid in pids if processes.born(pid)]
 
 
 def wait_for_steps(run: Path, process: subprocess.Popen, count: int = 3) -> None:
@@ -203,7 +203,7 @@ def probe(tmp_path):
         "from ddpm_dist import rendezvous as r\n"
         "r.join()\n"
         "names = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'\n"
-        "print(*[os.environ.get(name) for name in names], *[r._read(pid, 'comm').strip() for pid, _ in r._followed])\n"
+        "print(*[os.environ.get(name) for name in names], *[r.processes.read(pid, 'comm').strip() for pid, _ in r._followed])\n"
     )
     return f"{sys.executable} {path}"
 
@@ -284,7 +284,7 @@ def test_no_rank_outlives_what_srun_started_it_with(tmp_path, cluster, victim):
     wait_for_steps(run, step)
     ranks = trainers(cluster)
     assert len(ranks) == 2
-    for pid in [step.pid] if victim == "srun" else {rendezvous._parent(rank) for rank in ranks}:
+    for pid in [step.pid] if victim == "srun" else {processes.parent(rank) for rank in ranks}:
         os.kill(pid, signal.SIGKILL)
     until(lambda: not alive(ranks), 10)
     step.kill()
