@@ -89,7 +89,7 @@ collect() {
     out="$(realpath -m -- "$out")"
     work="$out/.collecting"
     wheels="$work/wheels"
-    mkdir -p -- "$wheels"
+    mkdir -p -- "$wheels" || usage "--out $out cannot be made: choose another folder"
 
     echo "collecting for Python $version, $platform: ${requirements[*]}"
     export DS_BUILD_OPS=0 # DeepSpeed compiles its operators where they are first used

@@ -14,6 +14,21 @@ bad_input() {
     exit 2
 }
 
+# A signal to this shell is handed on to the ranks, which agree on a step, save once and leave. It is repeated, because a rank hears
+# it only after its first seconds. SIGTERM comes from SLURM, which has told the ranks as well.
+step="" asked="" reminder=""
+on_signal() {
+    [[ -n $asked ]] || echo "$(date '+%F %T') job $SLURM_JOB_ID: SIG$1, the ranks save and leave"
+    asked="$1"
+    [[ -z $step || -n $reminder ]] || remind
+}
+remind() {
+    (while kill -USR1 "$step" 2>/dev/null; do sleep 10; done) &
+    reminder=$!
+}
+trap 'on_signal USR1' USR1
+trap 'on_signal TERM' TERM
+
 [[ -n ${SLURM_JOB_ID:-} ]] || bad_input "this is no SLURM job: start the script with sbatch"
 DDPM_DIST_HOME="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -45,21 +60,6 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # srun does not take this over from sbatch since SLURM 22.05; without it a step may run on one core.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 
-# A signal to this shell is handed on to the ranks, which agree on a step, save once and leave. It is repeated, because a rank hears
-# it only after its first seconds. SIGTERM comes from SLURM, which has told the ranks as well.
-step="" asked="" reminder=""
-on_signal() {
-    [[ -n $asked ]] || echo "$(date '+%F %T') job $SLURM_JOB_ID: SIG$1, the ranks save and leave"
-    asked="$1"
-    [[ -z $step || -n $reminder ]] || remind
-}
-remind() {
-    (while kill -USR1 "$step" 2>/dev/null; do sleep 10; done) &
-    reminder=$!
-}
-trap 'on_signal USR1' USR1
-trap 'on_signal TERM' TERM
-
 make_logs() {
     export LOGS="${DDPM_DIST_LOGS:-$PWD/slurm-logs}/$SLURM_JOB_ID"
     mkdir -p "$LOGS" || bad_input "$LOGS cannot be made; set DDPM_DIST_LOGS to a folder that all nodes can write"
@@ -82,6 +82,11 @@ on_nodes() {
     return "$code"
 }
 
+# What decides whether the job goes on must not be ended by the signals that the ranks are asked with.
+judge() {
+    (trap '' USR1 TERM INT && exec "$PYTHON" -m ddpm_dist.requeue "$@")
+}
+
 train() {
     local code=0 verdict=0 job="$SLURM_JOB_ID"
     # Of an array this task only: the number of one of them is that of the whole array, too.
@@ -89,10 +94,10 @@ train() {
     make_logs
     echo "$(date '+%F %T') job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NUM_NODES node(s) $SLURM_JOB_NODELIST:" \
         "training $*; logs of the other nodes: $LOGS"
-    "$PYTHON" -m ddpm_dist.requeue begin "$LOGS" || exit
+    judge begin "$LOGS" || exit
     export DDPM_DIST_EXIT_JSON="$LOGS/exit.json"
     on_nodes "$SLURM_JOB_NUM_NODES" -m ddpm_dist.train --config "$@" || code=$?
-    "$PYTHON" -m ddpm_dist.requeue end "$LOGS" "$code" || verdict=$?
+    judge end "$LOGS" "$code" || verdict=$?
     if ((verdict == 75)) && ! scontrol requeue "$job"; then
         echo "job $SLURM_JOB_ID may not be requeued (--no-requeue?): sbatch again continues the run" >&2
     fi

@@ -8,7 +8,7 @@
 #SBATCH --requeue --open-mode=append
 home="${DDPM_DIST_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}" # SLURM runs a copy of this file, so the checkout has to be found
 [[ -n ${DDPM_DIST_HOME:-} || -f $home/slurm/common.sh ]] ||
-    home="$(scontrol show job "${SLURM_JOB_ID:-0}" | sed -n "/^ *Command=/{s|^ *Command=\(/[^ ]*\)/slurm/[^/ ]*\.sh.*|\1|p;q}")"
+    home="$(scontrol show job "${SLURM_JOB_ID:-0}" | sed -n "/^ *Command=/{s|^ *Command=\(/.*\)/slurm/[^/ ]*\.sh.*|\1|p;q}")"
 # shellcheck source=slurm/common.sh
 source "$home/slurm/common.sh" || { echo "error: no slurm/common.sh below \"$home\": set DDPM_DIST_HOME to the checkout" >&2; exit 2; }
 run_part ddpm_dist.sample "$@"
