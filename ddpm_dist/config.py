@@ -136,7 +136,7 @@ class Train(Section):
     reduction: Literal["all_reduce", "tree"] = "all_reduce"
     log_every: int = Field(50, ge=1)  # in steps
     max_skipped_steps: int = Field(50, ge=1)  # non-finite steps in a row that stop the run
-    hang_seconds: float | None = Field(600.0, gt=0)  # a rank that does nothing for so long ends the job; null: never
+    hang_seconds: float | None = Field(600.0, ge=1)  # a rank that does nothing for so long ends the job; null: never
     audit: bool = False
     audit_params_every: int = Field(0, ge=0)  # in steps; 0 = never
     init_from: str | None = Field(None, min_length=1)  # weights to start a new run from

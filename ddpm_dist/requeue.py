@@ -50,6 +50,8 @@ class Attempt:
     def hear(self, said: Mapping[str, Any]) -> None:
         """Take over what rank 0 wrote into exit.json."""
         for name, kind in (("start_step", int), ("step", int), ("code", int), ("reason", str)):
+            if name == "code" and said.get(name) not in (OK, FAILED, BAD_USAGE, REQUEUE):
+                continue
             if isinstance(value := said.get(name), kind):
                 setattr(self, name, value)
 
@@ -168,19 +170,25 @@ def read_history(path: Path) -> list[Attempt]:
     """The attempts so far; [] where there is no file, or one that is not whole."""
     known = {field.name for field in fields(Attempt)}
     try:
-        return [
+        attempts = [
             Attempt(**{name: value for name, value in record.items() if name in known})
             for record in read_object(path).get("attempts", [])
         ]
     except (TypeError, AttributeError):
         return []
+    whole = all(
+        isinstance(attempt.restart, int)
+        and all(isinstance(n, int | None) for n in (attempt.start_step, attempt.step, attempt.code))
+        for attempt in attempts
+    )
+    return attempts if whole else []
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; {} for a missing, empty or broken file."""
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -31,6 +31,7 @@ from ddpm_dist.errors import BAD_USAGE, FAILED, OK, REQUEUE, UserError, exit_cod
 
 RSH = "ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 READY_SECONDS = 90.0  # for all hosts to say that they can start; a shared file system may be slow to give Python away
+CLOSE_SECONDS = 15.0  # for a remote shell after the end
 LEAVE_SECONDS = 60.0  # for the others when one host has ended badly: they find it out themselves, or are still saving
 KILL_SECONDS = 15.0  # for a host to end its ranks
 LOCAL = ("localhost", "127.0.0.1")
@@ -98,7 +99,14 @@ def parse(words: list[str]) -> tuple[str, list[Host], list[str], list[str]]:
     if launcher == "deepspeed" and (without := [host.name for host in hosts if host.slots is None]):
         raise UserError(f"{', '.join(without)}: deepspeed has to know how many ranks: NAME slots=N")
     options = rest[: rest.index("--")] if "--" in rest else []
+    for name, text in [("PROCESSES_PER_NODE", os.environ.get("PROCESSES_PER_NODE", "1")), *counts(options)]:
+        if not re.fullmatch(r"[1-9]\d{0,3}|auto|gpu|cpu", text):
+            raise UserError(f"{name}={text} is not a number of ranks")
     return launcher, hosts, options, rest[len(options) + ("--" in rest) :]
+
+
+def counts(options: list[str]) -> list[tuple[str, str]]:
+    return re.findall(r"(--nproc[-_]per[-_]node)[= ](\S+)", " ".join(options))
 
 
 def meeting_point(hosts: list[Host]) -> tuple[str, int]:
@@ -125,7 +133,7 @@ class Link:
         home = Path(__file__).resolve().parent
         words = ["env", f"PYTHONPATH={home.parent}", sys.executable, "-u", str(home / "host.py")]
         if not host.is_local:
-            words = [*shlex.split(os.environ.get("DDPM_DIST_RSH") or RSH), host.name, shlex.join(words)]
+            words = [*remote_shell(), host.name, shlex.join(words)]
         seen = job["wait"]
         try:
             # A session of its own: Ctrl-C at the terminal is for this process, which makes one stop request of it.
@@ -158,8 +166,22 @@ class Link:
         """End it: without input it leaves before the start; later it ends its ranks first."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
+        try:
+            self.process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:  # a remote shell that hangs
+            self.process.kill()
+            self.process.wait()
         if self._reader is not None:
             self._reader.join(timeout=5)
+
+
+def remote_shell() -> list[str]:
+    """ssh with its options, or what DDPM_DIST_RSH says. Raises UserError."""
+    text = os.environ.get("DDPM_DIST_RSH") or RSH
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"DDPM_DIST_RSH={text} is not a command: {error}") from None
 
 
 class Signals:

@@ -29,6 +29,7 @@ remind() {
 trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
 
+[[ ${PROCESSES_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] || bad_input "PROCESSES_PER_NODE=$PROCESSES_PER_NODE is not a number of ranks"
 [[ -n ${SLURM_JOB_ID:-} ]] || bad_input "this is no SLURM job: start the script with sbatch"
 DDPM_DIST_HOME="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 

@@ -107,3 +107,30 @@ def long_silence(rank: int, folder: Path, patient: bool) -> None:
 def test_patience_and_the_end_are_not_taken_for_a_hang(family, tmp_path):
     ranks = [family.start(long_silence, rank, tmp_path, rank == 0) for rank in range(2)]
     assert family.codes(*ranks) == [0, 0]
+
+
+def lose_a_peer(rank: int, folder: Path) -> None:
+    runtime = join(rank, 3, folder / "meeting")
+    watch = Watch(runtime, 600.0)  # the default: hours would pass before the watch alone said something
+    (folder / f"{rank}.pid").write_text(str(os.getpid()))
+    try:
+        while True:
+            torch.distributed.all_reduce(torch.zeros(1), group=runtime.control)
+    except RuntimeError:
+        (folder / f"{rank}.missing").write_text(watch.missing() or "nobody")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_died_is_named_after_the_collective_has_failed(family, tmp_path, victim):
+    ranks = [family.start(lose_a_peer, rank, tmp_path) for rank in range(3)]
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.pid"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1)
+    ranks[victim].kill()
+    codes = family.codes(*ranks)
+    assert codes[victim] == -9
+    speaker = 1 if victim == 0 else 0
+    assert SAYS.findall((tmp_path / f"{speaker}.missing").read_text()) == [(str(victim), str(ranks[victim].pid))]
