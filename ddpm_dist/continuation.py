@@ -91,14 +91,16 @@ def _saved_step(folder: Path) -> int:
     said = read_exit(folder / "exit.json")
     if said.get("code") in (0, 75) and isinstance(said.get("step"), int) and said["step"] > 0:
         return said["step"]  # it leaves with these codes only when it has saved
+    if said.get("code") == 2:
+        return 0  # perhaps because nothing could be saved
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text())
         every, batch = int(config["checkpoint"]["every"]), int(config["train"]["global_batch"])
         with open(folder / "metrics.jsonl", "rb") as file:
             file.seek(max(0, os.path.getsize(file.name) - 100_000))
             last = json.loads(file.read().splitlines()[-1])["step"]
-        # The second save begins when the first one is published.
-        return last if last * batch >= 2 * every else 0
+        # The second save begins when the first one is published; a step that is recorded behind it shows that it began.
+        return last if (last - 1) * batch >= 2 * every else 0
     except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError):
         return 0
 
