@@ -17,7 +17,7 @@ from ddpm_dist.models import build_model
 from ddpm_dist.models.weights import initialise_from, save_weights
 
 GOLDEN = ROOT / "tests/golden/version_1/run"
-TRAINED = ("train.images=48", "checkpoint.every=24", "ema.sigma_rels=[0.05, 0.1]", "ema.snapshot_every=12")
+TRAINED = ("train.images=72", "checkpoint.every=24", "ema.sigma_rels=[0.05, 0.1]", "ema.snapshot_every=12")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -56,10 +56,10 @@ def test_a_run_that_never_saved_starts_over(trained, tmp_path):
     (run / "exit.json").unlink()
     records = lines(run / "metrics.jsonl")
     (run / "metrics.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in records[:3])
-    )  # before the second save
+        "".join(json.dumps(line) + "\n" for line in records[:4])
+    )  # the second save begins
     assert train(run, *TRAINED).returncode == 0
-    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
 def reseal(folder: Path, **changes) -> None:
