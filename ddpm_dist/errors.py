@@ -79,5 +79,9 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if code in (OK, REQUEUE):
+        # Python's teardown gives signals back to the system: one that is repeated by a batch script would kill what has saved.
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(number, signal.SIG_IGN)
         sys.exit(code)
     os._exit(code)

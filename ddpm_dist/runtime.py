@@ -67,6 +67,8 @@ class Runtime:
             raise error
         (is_user_error, text, kind), host = said[failed[0]]
         who = "" if len(failed) == self.world_size or failed == [0] else f"rank {failed[0]} on {host}: "
+        if not who and len({name for _, name in said}) > 1:
+            who = f"{host}{' and all other nodes' if failed != [0] else ''}: "
         raise UserError(who + text) if is_user_error else RuntimeError(f"{who}{kind}: {text}")
 
 

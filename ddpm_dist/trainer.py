@@ -314,6 +314,8 @@ class Trainer:
             f"{config.run.name}: {start} with {parameters:,} parameters on {ranks} {self.runtime.device.type} rank(s); global "
             f"batch {plan.global_batch} = {plan.micro_batch} per rank x {ranks} ranks x {plan.accumulation} accumulation"
         )
+        if config.train.compile:
+            self._say("torch.compile: the first step may take minutes (train.compile=false in a new run leaves it out)")
         if config.optim.schedule != "constant" and config.train.images > config.optim.decay_images + plan.global_batch:
             self._say(
                 f"note: optim.schedule={config.optim.schedule} ends at {config.optim.decay_images:,} images (fixed at the "
