@@ -236,7 +236,8 @@ def test_what_a_killed_process_did_not_deliver_arrives_when_the_run_is_continued
     log(tracker, 1001, 1510)
     tracker.close("FINISHED")
     assert tracker.run_id == known["mlflow_run_id"]
-    assert steps(store(runs), tracker.run_id) == [*range(1, 1511)]
+    # Killed between a delivery and its confirmation: then these steps are there twice, from both starts, and none is missing.
+    assert sorted(set(steps(store(runs), tracker.run_id))) == [*range(1, 1511)]
 
 
 def test_a_process_killed_while_it_makes_the_store_does_not_spoil_it_for_others(tmp_path):
