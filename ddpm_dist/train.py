@@ -87,10 +87,8 @@ def main(argv: list[str] | None = None) -> int:
             missing = trainer.watch.missing()
         if missing is None:
             raise
-        reason, mine = (
-            f"{missing} died or is lost ({reason})",
-            os.environ["RANK"] == "1",
-        )  # it may be rank 0 that is missing
+        reason = f"{missing} died or is lost ({reason})"
+        mine = os.environ.get("RANK") == "1"  # where rank 0 is the one that is missing, rank 1 speaks
         failed = RunFailed(reason)
         failed.one_rank = mine
         raise failed from error
