@@ -50,9 +50,7 @@ class Attempt:
     def hear(self, said: Mapping[str, Any]) -> None:
         """Take over what rank 0 wrote into exit.json."""
         for name, kind in (("start_step", int), ("step", int), ("code", int), ("reason", str)):
-            if name == "code" and said.get(name) not in (OK, FAILED, BAD_USAGE, REQUEUE):
-                continue
-            if isinstance(value := said.get(name), kind):
+            if type(value := said.get(name)) is kind and (name != "code" or value in (OK, FAILED, BAD_USAGE, REQUEUE)):
                 setattr(self, name, value)
 
     def __str__(self) -> str:

@@ -31,7 +31,7 @@ from ddpm_dist.errors import BAD_USAGE, FAILED, OK, REQUEUE, UserError, exit_cod
 
 RSH = "ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 READY_SECONDS = 90.0  # for all hosts to say that they can start; a shared file system may be slow to give Python away
-CLOSE_SECONDS = 15.0  # for a remote shell after the end
+CLOSE_SECONDS = 5.0  # for a remote shell after the end
 LEAVE_SECONDS = 60.0  # for the others when one host has ended badly: they find it out themselves, or are still saving
 KILL_SECONDS = 15.0  # for a host to end its ranks
 LOCAL = ("localhost", "127.0.0.1")

@@ -16,13 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, environment
 
 from ddpm_dist import processes
+from slurm import until
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 
@@ -84,13 +84,6 @@ class Start:
         return [path.name for path in (self.run / "checkpoints").glob("step_*")] == [f"step_{self.said()['step']:08d}"]
 
 
-def until(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.1)
-
-
 @pytest.fixture
 def start(tmp_path):
     started = []
@@ -109,12 +102,13 @@ def start(tmp_path):
 
 @pytest.fixture
 def hosts(tmp_path) -> dict[str, str]:
-    """Variables with which nodeA and nodeB are hosts; nodeX does not answer, nodeY has no Python of ours."""
+    """Variables with which nodeA and nodeB are hosts; nodeX does not answer, nodeY has no Python of ours, nodeH hangs."""
     shell = tmp_path / "remote_shell"
     shell.write_text(
         "#!/bin/bash\n"
         "host=$1; shift\n"
         "[[ $host != nodeX ]] || exit 255\n"
+        f"[[ $host != nodeH ]] || DDPM_DIST_MARK={tmp_path} exec sleep 1000\n"
         "[[ $host != nodeY ]] || exit 127\n"
         "cd /\n"
         f'exec env -i HOME="$HOME" PATH=/usr/bin:/bin DDPM_DIST_MARK={tmp_path} bash -c "$*"\n'
@@ -267,6 +261,36 @@ def test_wrong_hosts_are_named_and_nothing_starts(start, hosts, tmp_path, script
     code, output = refused.ends(60)
     assert code == 2 and output.count("error: ") == 1 and said in output, output
     assert not refused.run.exists() and not refused.left()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "wrong", "said"),
+    [
+        (
+            "multinode.sh",
+            "nodeA,nodeB TRAIN",
+            {"PROCESSES_PER_NODE": "two"},
+            "PROCESSES_PER_NODE=two is not a number of ranks",
+        ),
+        ("multinode.sh", "nodeA,nodeB TRAIN", {"DDPM_DIST_RSH": "ssh 'x"}, "DDPM_DIST_RSH=ssh 'x is not a command"),
+        ("torchrun_local.sh", "--nproc_per_node=0 -- TRAIN", {}, "--nproc_per_node=0 is not a number of ranks"),
+        ("torchrun_local.sh", "--nproc-per-node many -- TRAIN", {}, "--nproc-per-node=many is not a number of ranks"),
+    ],
+)
+def test_wrong_settings_are_named_and_nothing_starts(start, hosts, script, words, wrong, said):
+    refused = start(script, words, **hosts | wrong)
+    code, output = refused.ends(60)
+    assert code == 2 and output.count("error: ") == 1 and said in output, output
+    assert not refused.run.exists() and not refused.left()
+
+
+def test_a_host_that_hangs_is_left_without_a_trace(start, hosts):
+    waiting = start("multinode.sh", "nodeA,nodeH TRAIN", **hosts)
+    until(lambda: [pid for pid in waiting.left() if "sleep" in processes.strings(pid, "cmdline")], 60)
+    os.killpg(waiting.process.pid, signal.SIGINT)
+    code, output = waiting.ends(60)
+    assert code == 75 and "stopped before anything was started" in output, output
+    assert not waiting.run.exists() and not waiting.left()
 
 
 def test_what_only_a_host_can_see_is_said_with_its_name(start, hosts):

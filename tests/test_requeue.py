@@ -150,11 +150,26 @@ def test_a_job_started_again_after_bad_input_counts_anew(tmp_path):
     assert play(tmp_path, *[(1, 0, 0)] * 4) == [0, 75] * 3 + [0, 1]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"attempts": 3}', '{"attempts": [3]}', '{"attempts": [{"x": 1}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", '{"attempts": 3}', '{"attempts": [3]}', '{"attempts": [{"x": 1}]}', '{"attempts": [{"restart": null}]}',
+        '{"attempts": [{"restart": 0, "start_step": 1.5, "code": 75, "step": "9"}]}', "[" * 100_000,
+    ],
+)  # fmt: skip
 def test_a_history_that_is_not_whole_is_begun_anew(tmp_path, text):
     (tmp_path / "history.json").write_text(text)
     assert play(tmp_path, (75, 0, 3)) == [0, 75]
     assert len(requeue.read_history(tmp_path / "history.json")) == 1
+
+
+@pytest.mark.parametrize("code", ["9999", "true", '"75"', "null"])
+def test_a_code_that_is_none_of_ours_is_a_crash(tmp_path, code):
+    requeue.begin(tmp_path, 0)
+    (tmp_path / "exit.json").write_text(f'{{"code": {code}, "step": 4, "start_step": 0}}')
+    assert requeue.end(tmp_path, 1, RUNNING)[0] == 75
+    (attempt,) = requeue.read_history(tmp_path / "history.json")
+    assert attempt.code is None and attempt.step == 4
 
 
 def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_module, train
+from conftest import ROOT, environment, run_module, train
 
 import slurm
 from ddpm_dist import rendezvous
@@ -164,6 +164,14 @@ def test_a_taken_port_is_passed_over_on_the_first_node_only():
         with pytest.raises(UserError, match=rf"port {first} \(MASTER_PORT\).*is taken by another program"):
             rendezvous.endpoint({**JOB, "MASTER_PORT": str(first)})
     assert rendezvous.endpoint({**JOB, "MASTER_PORT": str(first)}) == f"localhost:{first}"
+
+
+def test_a_wrong_number_of_ranks_is_bad_input():
+    command = ["bash", "-c", "source slurm/common.sh"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(PROCESSES_PER_NODE="two"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "PROCESSES_PER_NODE=two is not a number of ranks" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
