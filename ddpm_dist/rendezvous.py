@@ -8,6 +8,7 @@ torchrun and the deepspeed launcher describe a rank in RANK, WORLD_SIZE, LOCAL_R
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -149,10 +150,16 @@ def endpoint(environ: Mapping[str, str]) -> str:
             f"{socket.gethostname()}: MASTER_ADDR={address} does not resolve to an address: unset it, so that the first node of "
             "the job is taken, or correct it"
         )
-    if wanted and not (wanted.isdecimal() and 0 < int(wanted) < 65_536):
-        raise UserError(f"MASTER_PORT={wanted} is not a port: unset it or give a number in 1..65535")
     nodes = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST", "")
     here = environ.get("SLURMD_NODENAME") == first_host(nodes)
+    if address and here and not is_mine(address):
+        print(
+            f"warning: {socket.gethostname()}: MASTER_ADDR={address} is no address of this node, where rank 0 will be. Unless it is "
+            "forwarded here the ranks will wait for each other in vain: unset it, or give an address of this node",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    if wanted and not (wanted.isdecimal() and 0 < int(wanted) < 65_536):
+        raise UserError(f"MASTER_PORT={wanted} is not a port: unset it or give a number in 1..65535")
     first = port(environ)
     # The ports of the steps that the job is least likely to start come next.
     others = (FIRST_PORT + (first + step - FIRST_PORT) % PORTS for step in range(STEPS - 1, 0, -1))
@@ -184,6 +191,15 @@ def resolves(name: str) -> bool:
         return bool(name) and bool(socket.getaddrinfo(name, None))
     except OSError:
         return False
+
+
+def is_mine(address: str) -> bool:
+    """Whether this machine has ``address`` (a name or a number), so that a server here can be reached by it."""
+    for family, kind, _, _, where in socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM):
+        with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
+            probe.bind(where)
+            return True
+    return False
 
 
 def _node_address(name: str) -> str:

@@ -166,6 +166,15 @@ def test_a_taken_port_is_passed_over_on_the_first_node_only():
     assert rendezvous.endpoint({**JOB, "MASTER_PORT": str(first)}) == f"localhost:{first}"
 
 
+def test_an_address_of_another_machine_is_warned_of_on_the_first_node(capsys):
+    elsewhere = {**JOB, "MASTER_ADDR": "203.0.113.7"}  # of a range that is kept for documentation
+    assert rendezvous.endpoint(elsewhere).startswith("203.0.113.7:")
+    assert "MASTER_ADDR=203.0.113.7 is no address of this node" in capsys.readouterr().err
+    rendezvous.endpoint({**elsewhere, "SLURMD_NODENAME": "n2"})
+    rendezvous.endpoint(JOB)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_wrong_number_of_ranks_is_bad_input():
     command = ["bash", "-c", "source slurm/common.sh"]
     done = subprocess.run(

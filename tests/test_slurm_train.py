@@ -205,9 +205,11 @@ def test_every_interruption_of_a_two_node_job_is_followed_by_the_same_run(tmp_pa
 
 @pytest.mark.slow
 def test_the_time_limit_requeues_and_the_user_s_scancel_does_not(cluster, place):
+    MlflowClient = pytest.importorskip("mlflow.tracking").MlflowClient  # noqa: N806
     run = Run(
-        cluster, place, ANY, *TINY_NODE, "--time=1", "--signal=B:USR1@50", config="empty.yaml", overrides=ENDLESS
-    )  # SLURM looks at time limits every half minute: the signal comes after 10 to 40 seconds
+        cluster, place, ANY, *TINY_NODE, "--time=1", "--signal=B:USR1@50", config="empty.yaml",
+        overrides=(*ENDLESS, "tracking.mlflow=true"),
+    )  # SLURM looks at time limits every half minute: the signal comes after 10 to 40 seconds  # fmt: skip
     saved = run.returns(1, 75, "SIGUSR1")
     cluster.run("scontrol", "update", f"JobId={run.number}", "TimeLimit=10")
     run.trains(1)
@@ -217,6 +219,9 @@ def test_the_time_limit_requeues_and_the_user_s_scancel_does_not(cluster, place)
     assert run.said()["start_step"] == saved
     assert run.said()["code"] == 75, run.log()  # it saved, and leaves for good
     assert run.attempts()[-1]["then"] in ("ended by SLURM", None), run.log()
+    # One MLflow run over both starts, which says whose job it was.
+    (recorded,) = MlflowClient(f"sqlite:///{place / 'mlflow.db'}").search_runs(["1"])
+    assert (recorded.data.tags["slurm.job_id"], recorded.data.tags["slurm.restart_count"]) == (str(run.number), "1")
 
 
 @pytest.mark.slow
