@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ddpm_dist.config_files import apply_override, find_config, read_yaml
+from ddpm_dist.diffusion.schedule import Schedule
 from ddpm_dist.errors import UserError
 
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
@@ -110,16 +111,21 @@ class Model(BaseModel):
 class Diffusion(Section):
     timesteps: int = Field(1000, ge=1, le=1_000_000)
     t_min: int = Field(0, ge=0)  # the smallest timestep that is drawn; 1 in the reference program
-    schedule: Literal["linear"] = "linear"
+    schedule: Literal["linear", "cosine", "sigmoid", "betas", "mixing"] = "linear"
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
-    prediction: Literal["epsilon"] = "epsilon"
-    loss: Literal["mse"] = "mse"
+    betas: list[float] | None = Field(None, max_length=100_000)  # all of them, with schedule: betas
+    zero_terminal_snr: bool = False  # rescale the schedule so that it ends in pure noise
+    noise: Literal["gaussian", "uniform"] = "gaussian"
+    prediction: Literal["epsilon", "x0", "v"] = "epsilon"
+    loss: Literal["mse", "mse_sum"] = "mse"  # mean or sum over an image's pixels; mean over the images
+    min_snr_gamma: float | None = Field(
+        None, gt=0
+    )  # weight the timesteps by min(SNR, gamma), 5 in the paper; null: all the same
 
     @model_validator(mode="after")
-    def _t_min(self) -> Diffusion:
-        if self.t_min >= self.timesteps:
-            raise ValueError(f"t_min {self.t_min} must be below timesteps {self.timesteps}")
+    def _possible(self) -> Diffusion:
+        Schedule.from_mapping(self.model_dump())  # raises ValueError for what does not go together
         return self
 
 
@@ -246,11 +252,27 @@ class Checkpoint(Section):
 class Sampling(Section):
     every: int | None = Field(None, ge=1)  # null: no previews
     num: int = Field(64, ge=1)
-    sampler: Literal["ddpm"] = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "heun", "mixing"] = "ddpm"
     steps: int | None = Field(None, ge=1)  # null: every timestep
+    spacing: Literal["leading", "trailing", "linspace"] = "linspace"
+    eta: float = Field(0.0, ge=0, le=1)  # noise of ddim
     guidance: float = Field(3.0, ge=0)  # without labels it has no meaning and is not used
-    variance: Literal["beta", "posterior"] = "beta"
-    thresholding: Literal["none", "clip"] = "none"  # clip: keep the predicted image in data.range at every step
+    guidance_interval: list[int] | None = Field(
+        None, min_length=2, max_length=2
+    )  # lowest and highest guided timestep; null: all
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    variance: Literal["beta", "posterior"] | float = (
+        "beta"  # of ddpm; a number from 0 (posterior) to 1 (beta) lies between them
+    )
+    thresholding: Literal["none", "clip", "dynamic"] = (
+        "none"  # clip: keep the predicted image in data.range at every step
+    )
+    percentile: float = Field(0.995, gt=0, le=1)  # of dynamic thresholding
+
+    def options(self, labelled: bool) -> dict[str, Any]:
+        """The keywords of ``diffusion.sample`` that this section speaks of."""
+        values = self.model_dump(exclude={"every", "num"})
+        return values if labelled else {**values, "guidance": 0.0, "guidance_interval": None}
 
 
 class Tracking(Section):
@@ -291,6 +313,16 @@ class Config(Section):
                 f"sampling.steps {self.sampling.steps} is more than the {self.diffusion.timesteps - self.diffusion.t_min}"
                 " timesteps the run trains (diffusion.timesteps - diffusion.t_min); lower sampling.steps or leave it out"
             )
+        if (self.sampling.sampler == "mixing") != (self.diffusion.schedule == "mixing"):
+            raise ValueError(
+                f"sampling.sampler={self.sampling.sampler} does not go with diffusion.schedule={self.diffusion.schedule}: "
+                "the schedule 'mixing' is sampled by 'mixing', and no other one is"
+            )
+        variance, interval = self.sampling.variance, self.sampling.guidance_interval
+        if isinstance(variance, float) and not 0 <= variance <= 1:
+            raise ValueError(f"sampling.variance {variance} must be beta, posterior, or a number from 0 to 1")
+        if interval is not None and not 0 <= interval[0] <= interval[1]:
+            raise ValueError(f"sampling.guidance_interval {interval} must be two timesteps, the lower one first")
         return self
 
     def network_keywords(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from ddpm_dist.config import Config
 from ddpm_dist.diffusion import Schedule, sample, to_uint8
+from ddpm_dist.diffusion.reverse import NotFinite
 from ddpm_dist.models import build_model
 from ddpm_dist.runtime import Runtime
 from ddpm_dist.tracking.metrics import Workplace
@@ -36,22 +37,22 @@ def preview(
     mine = torch.arange(runtime.rank, num, runtime.world_size)
     images = np.zeros((0, config.data.channels, config.data.image_size, config.data.image_size), dtype=np.uint8)
     if len(mine):
-        generated = sample(
-            twin,
-            labels=mine % classes if classes else None,
-            indices=mine,
-            shape=images.shape[1:],
-            schedule=schedule,
-            sampler=config.sampling.sampler,
-            steps=config.sampling.steps,
-            guidance=config.sampling.guidance if classes else 0.0,
-            variance=config.sampling.variance,
-            thresholding=config.sampling.thresholding,
-            value_range=config.data.range,
-            seed=config.run.seed,
-            device=runtime.device,
-        )
-        images = to_uint8(generated, config.data.range).cpu().numpy()
+        try:
+            generated = sample(
+                twin,
+                labels=mine % classes if classes else None,
+                indices=mine,
+                shape=images.shape[1:],
+                schedule=schedule,
+                value_range=config.data.range,
+                seed=config.run.seed,
+                device=runtime.device,
+                **config.sampling.options(labelled=classes is not None),
+            )
+            images = to_uint8(generated, config.data.range).cpu().numpy()
+        except NotFinite as error:  # the other ranks wait for this one's images, and a picture is never worth the run
+            images = np.zeros((len(mine), *images.shape[1:]), dtype=np.uint8)
+            warn(f"the preview {path} has black images: {error}")
     gathered = runtime.gather((mine.numpy(), images))
     if gathered is None:
         return

@@ -1,4 +1,4 @@
-"""What images are generated from: the newest checkpoint of a run, a checkpoint, or a weights file."""
+"""What images are generated from: the newest checkpoint of a run, a checkpoint, or a weights file; a configuration for the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ddpm_dist.checkpoint.find import held_open, is_checkpoint, newest_intact, run_of
 from ddpm_dist.checkpoint.format import MANIFEST, Damaged, Reader
-from ddpm_dist.config import Data, Diffusion, Sampling, Section
+from ddpm_dist.config import Data, Diffusion, Sampling, Section, load_config
+from ddpm_dist.config_files import available_configs
 from ddpm_dist.data.index_file import file_sha256
 from ddpm_dist.diffusion import Schedule
 from ddpm_dist.errors import UserError
@@ -34,17 +35,31 @@ class Source:
     title: str
     place: Path  # the checkpoint folder or the file that the weights were read from
     sha256: str  # of the file or the checkpoint's manifest: equal for a copy elsewhere
+    data: Data  # the images it was trained on, as far as known
+
+
+@dataclass(frozen=True)
+class Process:
+    """What is known without weights: the forward process and the images it starts from."""
+
+    schedule: Schedule
+    data: Data
+    num_classes: int | None
+    classes: list[str] | None
+    title: str
 
 
 def open_source(path: Path, ema: int | None) -> Source:
     """A run directory (newest intact checkpoint), a checkpoint folder or a weights file. UserError with the remedy."""
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        raise UserError(f"{path} is a configuration, without weights: only --forward-process works with one")
     if path.is_file():
         network, says = load_described(path)
         shape = (network.in_channels, network.image_size, network.image_size)
         value_range = says.diffusion.get("range", [-1.0, 1.0])
         return Source(
             network, schedule_of(says.diffusion), value_range, shape, network.num_classes, says.classes,
-            _sampling(says.sampling), path.name, path, file_sha256(path),
+            _sampling(says.sampling), path.name, path, file_sha256(path), _data_of_file(shape, network.num_classes, value_range),
         )  # fmt: skip
     return _from_checkpoint(held_open(path) if is_checkpoint(path) else newest_intact(path), path, ema)
 
@@ -66,15 +81,41 @@ def _build(reader: Reader, path: Path, ema: int | None) -> Source:
     title = f"{run_of(path).name} step {reader.step}"
     return Source(
         network, schedule_of(state["config"]["diffusion"]), data["range"], shape, data["num_classes"], state["classes"],
-        state["config"]["sampling"], title, reader.folder, file_sha256(reader.folder / MANIFEST),
+        _sampling(state["config"]["sampling"]), title, reader.folder, file_sha256(reader.folder / MANIFEST),
+        _described(Data, data),
     )  # fmt: skip
+
+
+def _data_of_file(shape: tuple[int, int, int], num_classes: int | None, value_range: list[float]) -> Data:
+    """What a weights file lets one know of its images; those that are not square are cut rather than squashed."""
+    values = {"channels": shape[0], "image_size": shape[1], "num_classes": num_classes, "range": value_range}
+    return _described(Data, {**values, "crop": "center"})
+
+
+def open_process(path: Path) -> Process:
+    """The forward process of a run directory (also of one without a checkpoint), a checkpoint folder, a weights file, or a
+    configuration by path or name. UserError with the remedy."""
+    if path.is_file() and path.suffix not in (".yaml", ".yml"):
+        source = open_source(path, None)
+        return Process(source.schedule, source.data, source.num_classes, source.classes, source.title)
+    folder = run_of(path) if path.is_dir() else None
+    if folder is not None and not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} holds no config.yaml: give a run directory, a weights file or a configuration")
+    if folder is None and not path.is_file() and path.stem not in available_configs():
+        raise UserError(
+            f"{path} does not exist: give a run directory, a checkpoint folder, a weights file, a configuration file or one of "
+            f"{', '.join(sorted(available_configs()))}"
+        )
+    config = load_config(folder / "config.yaml" if folder is not None else path)
+    schedule = schedule_of({**config.diffusion.model_dump(), "range": config.data.range})
+    return Process(schedule, config.data, config.data.num_classes, None, folder.name if folder else path.stem)
 
 
 def schedule_of(values: dict[str, Any]) -> Schedule:
     """The schedule that a file describes. UserError for a description that is none, or of another kind of prediction."""
     d = _described(Diffusion, values)
     _described(Data, {"range": values.get("range", [-1.0, 1.0])})
-    return Schedule(d.timesteps, d.t_min, d.schedule, d.beta_start, d.beta_end)
+    return Schedule.from_mapping(d.model_dump())
 
 
 def _sampling(values: dict[str, Any]) -> dict[str, Any]:

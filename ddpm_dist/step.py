@@ -15,6 +15,7 @@ from ddpm_dist.config import Config, Optim
 from ddpm_dist.data.order import BatchPlan
 from ddpm_dist.data.pipeline import Loader, normalise
 from ddpm_dist.diffusion import objective
+from ddpm_dist.diffusion.noise import draw
 from ddpm_dist.diffusion.schedule import Schedule
 from ddpm_dist.engines import ShardedEMA, make_engine
 from ddpm_dist.runtime import Runtime
@@ -46,7 +47,12 @@ class TrainStep:
     def __init__(self, config: Config, runtime: Runtime, plan: BatchPlan, network: nn.Module) -> None:
         self.config, self.runtime, self.plan = config, runtime, plan
         d = config.diffusion
-        self.schedule = Schedule(d.timesteps, d.t_min, d.schedule, d.beta_start, d.beta_end)
+        self.schedule = Schedule.from_mapping(d.model_dump())
+        self._weights: Tensor | None = None
+        if d.min_snr_gamma is not None:
+            self._weights = objective.min_snr_weights(self.schedule, d.min_snr_gamma).to(runtime.device, torch.float32)
+        # mse_sum: over an image's numbers instead of their mean.
+        self._factor = config.data.channels * config.data.image_size**2 if d.loss == "mse_sum" else 1
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         self.engine = make_engine(config, network, runtime, plan)
         self.ema = ShardedEMA(self.engine.shares(), config.ema, runtime)
@@ -64,11 +70,13 @@ class TrainStep:
             batch = loader.next()
             last = micro == plan.accumulation - 1
             slots, steps, t, dropped = self._to_device(draws[:, batch.slots])
-            x0, noise, x_t = self._prepare(batch.pixels, slots, steps, t)
+            x0, noise, x_t, target = self._prepare(batch.pixels, slots, steps, t)
             labels = objective.drop_labels(batch.labels, dropped.bool()) if self.config.data.num_classes else None
             with self.engine.micro_step(last):
                 prediction = self.engine(x_t, t, labels)
-                losses = objective.mse_per_image(prediction, noise)
+                losses = self._factor * objective.mse_per_image(prediction, target)
+                if self._weights is not None:
+                    losses = losses * self._weights[t]
                 loss = losses.sum() / plan.global_batch
                 self.engine.backward(loss)
             total += loss.detach()
@@ -97,8 +105,11 @@ class TrainStep:
             tensor = tensor.pin_memory().to(self.runtime.device, non_blocking=True)
         return tensor
 
-    def _noisy(self, pixels: Tensor, slots: Tensor, steps: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x0 = normalise(pixels, self.config.data.range, self.memory_format)
-        noise = philox.normal(self.config.run.seed, philox.TRAIN_NOISE, steps, slots, tuple(x0.shape[1:]))
+    def _noisy(self, pixels: Tensor, slots: Tensor, steps: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x_0, noise, x_t, what the network should answer), each (B, C, H, W) float32."""
+        value_range, seed = self.config.data.range, self.config.run.seed
+        x0 = normalise(pixels, value_range, self.memory_format)
+        kind = self.schedule.noise
+        noise = draw(kind, seed, philox.TRAIN_NOISE, steps, slots, tuple(x0.shape[1:]), value_range)
         noise = noise.contiguous(memory_format=self.memory_format)
-        return x0, noise, self.schedule.add_noise(x0, noise, t)
+        return x0, noise, self.schedule.add_noise(x0, noise, t), objective.target(self.schedule, x0, noise, t)

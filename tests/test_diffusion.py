@@ -8,8 +8,9 @@ import torch
 from ddpm_dist import philox
 from ddpm_dist.diffusion import Schedule, sample, to_uint8
 from ddpm_dist.diffusion.guidance import guided
-from ddpm_dist.diffusion.objective import drop_labels, mse_per_image
-from ddpm_dist.diffusion.samplers import ddpm_coefficients, timesteps
+from ddpm_dist.diffusion.objective import drop_labels, min_snr_weights, mse_per_image, target
+from ddpm_dist.diffusion.reverse import NotFinite
+from ddpm_dist.diffusion.thresholding import threshold
 
 
 class Linear(torch.nn.Module):
@@ -84,21 +85,6 @@ def test_images_do_not_depend_on_how_they_are_cut():
     assert not torch.allclose(whole, sample(network, labels, schedule=schedule, seed=2))
 
 
-def test_fewer_steps_visit_both_ends_and_keep_the_marginals():
-    schedule = Schedule(timesteps=1000, t_min=1)
-    visited = timesteps(schedule, 50)
-    assert len(visited) == 50 and visited[0] == 999 and visited[-1] == 1 and (visited.diff() < 0).all()
-    a, b, c = ddpm_coefficients(schedule, visited, "posterior").double()
-    # With the true noise as prediction, x_t = sqrt(abar) x0 + sqrt(1-abar) e steps to the mean sqrt(abar_s) x0 + ...
-    abar = schedule.alphas_cumprod[visited]
-    for k in range(49):
-        assert a[k] * abar[k].sqrt() == pytest.approx(float(abar[k + 1].sqrt()), rel=1e-5)
-        spread = a[k] * (1 - abar[k]).sqrt() + b[k]
-        assert spread**2 + c[k] ** 2 == pytest.approx(float(1 - abar[k + 1]), rel=1e-3)
-    assert c[-1] == 0
-    assert timesteps(schedule, None).tolist() == list(range(999, 0, -1))
-
-
 def test_one_step_predicts_x0():
     schedule = Schedule(timesteps=100)
     network = Linear()
@@ -107,6 +93,116 @@ def test_one_step_predicts_x0():
     abar = schedule.alphas_cumprod[99]
     expected = (x.double() - (1 - abar).sqrt() * eps.double()) / abar.sqrt()
     assert torch.allclose(sample(network, count=1, schedule=schedule, steps=1).double(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prediction"),
+    [(kind, p) for kind in ("linear", "cosine", "sigmoid", "mixing") for p in ("epsilon", "x0", "v")][
+        :-1
+    ],  # mixing has no v
+)
+def test_the_right_answer_brings_the_image_back(kind, prediction):
+    schedule = Schedule(timesteps=50, schedule=kind, prediction=prediction)
+    x0 = torch.rand(2, 2, 4, 4).double()
+
+    class Knows(Linear):
+        """Gives the target for the x that it sees, as if its noise were all there is beside x0."""
+
+        def forward(self, x, t, y):
+            signal, spread = (table[t].view(-1, 1, 1, 1) for table in (schedule.signal, schedule.spread))
+            noise = (x - signal * x0) / spread
+            return target(schedule, x0, noise, t)
+
+    got = sample(Knows(), count=2, schedule=schedule, sampler="mixing" if kind == "mixing" else "ddim", steps=7)
+    assert torch.allclose(got.double(), x0, atol=1e-4)
+
+
+def test_schedules_follow_their_formulas():
+    T = 100
+    cosine = Schedule(timesteps=T, schedule="cosine")
+
+    def f(u):
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    assert float(cosine.alphas_cumprod[59]) == pytest.approx(f(0.6) / f(0), rel=1e-9)
+    assert float(cosine.betas[-1]) == pytest.approx(0.999)
+    sigmoid = Schedule(timesteps=T, schedule="sigmoid", beta_start=0.01, beta_end=0.5)
+    s = -6 + 12 * 30 / 99
+    assert float(sigmoid.betas[30]) == pytest.approx(0.01 + 0.49 / (1 + math.exp(-s)), rel=1e-9)
+    own = Schedule.from_mapping({"timesteps": 3, "schedule": "betas", "betas": [0.1, 0.2, 0.3], "loss": "mse"})
+    assert own.alphas_cumprod.tolist() == pytest.approx([0.9, 0.72, 0.504])
+    zero = Schedule(timesteps=T, zero_terminal_snr=True, prediction="v")
+    plain = Schedule(timesteps=T)
+    assert zero.signal[-1] == 0 and float(zero.signal[0]) == pytest.approx(float(plain.signal[0]), rel=1e-12)
+    ratio = zero.signal[:-1] / (plain.signal[:-1] - plain.signal[-1])  # one shift and one factor
+    assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-9)
+    mixing = Schedule(timesteps=4, schedule="mixing", noise="uniform", prediction="x0")
+    assert mixing.spread.tolist() == [0.125, 0.375, 0.625, 0.875] and mixing.signal.tolist() == [
+        0.875,
+        0.625,
+        0.375,
+        0.125,
+    ]
+
+
+@pytest.mark.parametrize(("prediction", "power"), [("epsilon", 0), ("x0", 1), ("v", None)])
+def test_min_snr_weights_are_those_of_the_paper(prediction, power):
+    schedule = Schedule(prediction=prediction)
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    weights, clipped = min_snr_weights(schedule, 5.0), snr.clamp(max=5.0)
+    divisor = {"epsilon": snr, "x0": 1.0, "v": snr + 1}[prediction]
+    assert torch.allclose(weights, clipped / divisor, rtol=1e-9)
+    # A given mistake in the noise costs the same whatever is predicted: |x0 error|^2 = |noise error|^2 / SNR.
+    in_noise = {"epsilon": 1.0, "x0": 1 / snr, "v": 1 / schedule.alphas_cumprod}[prediction]
+    assert torch.allclose(weights * in_noise, clipped / snr, rtol=1e-9)
+
+
+def test_guidance_only_inside_its_interval():
+    schedule, network = Schedule(timesteps=10, beta_end=0.3), Linear()
+    labels, seen = torch.tensor([1, 2]), []
+    got = sample(
+        network, labels, schedule=schedule, guidance=4.0, guidance_interval=(3, 6),
+        on_step=lambda k, t, x, x0: seen.append((t, network.batches[-1])),
+    )  # fmt: skip
+    assert seen == [(t, 4 if 3 <= t <= 6 else 2) for t in range(9, -1, -1)]
+    plain = {"schedule": schedule, "seed": 0}
+    assert not torch.allclose(got, sample(network, labels, guidance=4.0, **plain))
+    nowhere = sample(network, labels, guidance=4.0, guidance_interval=(50, 60), **plain)
+    assert torch.equal(nowhere, sample(network, labels, guidance=1.0, **plain))
+    everywhere = sample(network, labels, guidance=4.0, guidance_interval=(0, 9), **plain)
+    assert torch.equal(everywhere, sample(network, labels, guidance=4.0, **plain))
+
+
+def test_rescaled_guidance_has_the_spread_of_the_conditional_prediction():
+    class Two(Linear):
+        def forward(self, x, t, y):
+            return torch.where((y < 0).view(-1, 1, 1, 1), 0.3 * x, x.flip(-1))
+
+    x, t, y = torch.randn(3, 2, 4, 4), torch.full((3,), 5), torch.arange(3)
+    plain, full, half = (guided(Two(), y, 5.0, rescale)(x, t) for rescale in (0.0, 1.0, 0.5))
+    wanted = x.flip(-1).std((1, 2, 3))
+    assert torch.allclose(full.std((1, 2, 3)), wanted, rtol=1e-5) and (plain.std((1, 2, 3)) > 2 * wanted).all()
+    assert torch.allclose(half, (plain + full) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("value_range", [(-1.0, 1.0), (0.0, 1.0)])
+def test_dynamic_thresholding_is_that_of_imagen(value_range):
+    low, high = value_range
+    x = torch.randn(4, 3, 8, 8) * torch.tensor([0.1, 1.0, 3.0, 9.0]).view(-1, 1, 1, 1)
+    got = threshold(x * (high - low) / 2 + (high + low) / 2, "dynamic", value_range, 0.9)
+    s = torch.quantile(x.abs().flatten(1), 0.9, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+    expected = torch.minimum(torch.maximum(x, -s), s) / s
+    assert torch.allclose(got, expected * (high - low) / 2 + (high + low) / 2, atol=1e-5)
+    assert low <= got.min() and got.max() <= high
+
+
+def test_an_answer_that_is_not_finite_is_named():
+    class Breaks(Linear):
+        def forward(self, x, t, y):
+            return torch.where(t.view(-1, 1, 1, 1) == 4, torch.nan, x)
+
+    with pytest.raises(NotFinite, match=r"timestep 4 \(evaluation 6 of 10\) is not finite"):
+        sample(Breaks(), count=2, schedule=Schedule(timesteps=10))
 
 
 def test_clipping_keeps_every_implied_image_in_range():
@@ -126,8 +222,12 @@ def test_clipping_keeps_every_implied_image_in_range():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"thresholding": "x"}, {"steps": 11}, {"steps": 0}, {"sampler": "x"}, {"variance": "x"}, {"count": None}]
-)
+    "wrong",
+    [
+        {"thresholding": "x"}, {"steps": 11}, {"steps": 0}, {"sampler": "x"}, {"variance": "x"}, {"count": None},
+        {"percentile": 0.0}, {"guidance": -1.0}, {"guidance_rescale": 2.0}, {"guidance_interval": (5, 4)}, {"eta": -1.0},
+    ],
+)  # fmt: skip
 def test_wrong_arguments_are_refused(wrong):
     with pytest.raises(ValueError):
         sample(Linear(), **{"count": 1, "schedule": Schedule(timesteps=10), **wrong})
@@ -142,6 +242,27 @@ def test_pixels_map_both_ways():
         assert x.min() == value_range[0] and x.max() == pytest.approx(value_range[1], abs=1e-6)
         assert torch.equal(to_uint8(x, value_range), levels)
     assert to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"schedule": "quadratic"}, "unknown schedule"),
+        ({"prediction": "score"}, "unknown prediction"),
+        ({"schedule": "betas"}, "belong together"),
+        ({"given_betas": (0.1,) * 1000}, "belong together"),
+        ({"schedule": "betas", "given_betas": (0.1, 0.2)}, "betas must be 1000"),
+        ({"schedule": "betas", "timesteps": 2, "given_betas": (0.1, 1.5)}, "in \\(0, 1\\]"),
+        ({"schedule": "betas", "timesteps": 2, "given_betas": (1.0, 0.1)}, "only the last one"),
+        ({"schedule": "mixing", "prediction": "v"}, "no v prediction"),
+        ({"noise": "uniform"}, "needs schedule 'mixing'"),
+        ({"zero_terminal_snr": True}, "predict v or x0"),
+        ({"t_min": 1000}, "t_min 1000 must be below"),
+    ],
+)
+def test_schedules_that_make_no_sense_are_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Schedule(**wrong)
 
 
 def test_loss_and_label_drop():
