@@ -332,18 +332,14 @@ class Config(Section):
             "image_size": self.data.image_size,
             "num_classes": self.data.num_classes,
         }
-        if self.model.name == "unet":
-            if self.data.num_classes is not None:
-                raise UserError(
-                    'model.name "unet" has no labels but data.num_classes is '
-                    f"{self.data.num_classes}: set data.num_classes=null or model.name=unet_conditional"
-                )
+        if self.model.name == "context_unet":  # t / timesteps enters the network, and is to reach 1
+            derived["timesteps"] = max(1, self.diffusion.timesteps - 1)
         own = self.model.keywords
         for name, value in derived.items():
             if name in own and own[name] != value:
                 raise UserError(
-                    f"model.{name}={own[name]} contradicts the data section ({name} = {value} there): "
-                    f"leave model.{name} out, it follows from data"
+                    f"model.{name}={own[name]} contradicts the rest of the configuration, from which {name} = {value} follows: "
+                    f"leave model.{name} out"
                 )
         return {**own, **derived}
 

@@ -1,7 +1,7 @@
 """``python -m ddpm_dist.convert ckpt.pt --model unet_conditional --out weights.safetensors``
 
-Turn a state dict that another program saved with ``torch.save`` into a weight file of ours. Only tensors are read
-from the file (``weights_only=True``): nothing in it is executed.
+Turn a state dict that another program saved with ``torch.save`` into a weight file of ours, with the diffusion process of
+that program (see originals.py). Only tensors are read from the file (``weights_only=True``): nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -19,28 +19,19 @@ import torch
 from torch import Tensor
 
 from ddpm_dist.errors import UserError, exit_codes
-from ddpm_dist.models import infer_keywords, save_weights
-from ddpm_dist.models.weights import check_shapes, network_shapes
+from ddpm_dist.models import checks, infer_keywords, model_keywords, recognise, save_weights
+from ddpm_dist.models.weights import check_shapes, empty_state
+from ddpm_dist.originals import ORIGINALS, TABLES, schedule_of_tables
 
-PREFIXES = ("module.", "_orig_mod.", "ema_model.")
-# How the original program diffuses. It draws t from 1 .. 999 and never uses index 0.
-DIFFUSION = {
-    "timesteps": 1000,
-    "t_min": 1,
-    "schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "prediction": "epsilon",
-    "loss": "mse",
-    "range": [-1.0, 1.0],
-}
+PREFIXES = ("module.", "_orig_mod.", "ema_model.", "nn_model.")
 
 
 def read_state_dict(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     """Read the tensors of a ``torch.save`` file by their clean names.
 
     A dict around the state dict (``{"state_dict": ...}``, ``{"ema": ...}``) is opened, ``key`` chooses where it holds
-    several, and the prefixes ``module.``, ``_orig_mod.`` and ``ema_model.`` are removed.
+    several, and the prefixes ``module.``, ``_orig_mod.``, ``ema_model.`` and ``nn_model.`` are removed, also several. The
+    schedule tables of ``originals.TABLES`` may stand beside prefixed names; they are among the result.
 
     Raises UserError for a file that cannot be read, holds more than tensors and plain values, or holds no tensors.
     """
@@ -70,9 +61,9 @@ def read_state_dict(path: str | Path, key: str | None = None) -> dict[str, Tenso
     except RecursionError:
         raise UserError(f"{path}: a dict that contains itself is no state dict") from None
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
             kind = "without data" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
-            raise UserError(f"{path}: {name} is no weight ({kind}): weights are dense floating point tensors")
+            raise UserError(f"{path}: {name} is no weight ({kind}): weights are dense tensors of real numbers")
     return tensors
 
 
@@ -109,9 +100,10 @@ def _holds(content: Any) -> str:
 def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for prefix in PREFIXES:
         under = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        # What stands beside the prefixed names may be a counter (torch.optim.swa_utils keeps "n_averaged").
-        if under and all(value.dim() == 0 for name, value in state.items() if not name.startswith(prefix)):
-            return _strip_prefixes(under)
+        beside = {name: value for name, value in state.items() if not name.startswith(prefix)}
+        # What stands beside the prefixed names may be a counter (torch.optim.swa_utils keeps "n_averaged") or a table.
+        if under and all(value.dim() == 0 or name in TABLES for name, value in beside.items()):
+            return _strip_prefixes({**under, **{name: value for name, value in beside.items() if name in TABLES}})
     return state
 
 
@@ -120,22 +112,68 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a file; returns the network's keywords: those given, and those that follow from the shapes.
 
-    Raises UserError when ``out`` exists (unless ``force``), when the tensors are not those of the network, or when
-    one of them holds a value that is not finite.
+    Raises UserError when ``out`` exists (unless ``force``), when the tensors are not those of the network (naming the
+    network they belong to, if it is one of ours), or when one of them holds a value that is not finite.
     """
     out = Path(out)
+    known = model_keywords(model)
+    if model not in ORIGINALS:
+        raise UserError(f"--model {model}: no other program's weights fit this network, only {', '.join(ORIGINALS)}")
     if out.exists() and (not force or os.path.samefile(source, out)):
         raise UserError(f"{out} exists: choose another --out, or replace it with --force (never the source file)")
     if not out.parent.is_dir():
         raise UserError(f"{out}: its folder {out.parent} does not exist")
     state = read_state_dict(source, key)
+    tables = {name: state.pop(name) for name in TABLES if name in state}
     found = {name: tuple(value.shape) for name, value in state.items()}
     if model == "unet" and "label_emb.weight" in found:
         raise UserError(f"{source} holds a network with labels (label_emb.weight): use --model unet_conditional")
-    keywords = {**infer_keywords(model, found), **keywords}
-    check_shapes(found, network_shapes(model, keywords), str(source))
-    save_weights(out, state, model, keywords, DIFFUSION)
+    keywords = {**ORIGINALS[model].keywords, **infer_keywords(model, found), **keywords}
+    original = ORIGINALS["context_unet" if tables else model]  # whose program writes such tables
+    diffusion = dict(original.diffusion)
+    if tables:
+        diffusion = _with_tables(diffusion, tables, str(source))
+    if "timesteps" in known:  # the network divides t by the last timestep
+        checks.check_counts(timesteps=keywords.setdefault("timesteps", diffusion["timesteps"] - 1))
+        if tables and keywords["timesteps"] != diffusion["timesteps"] - 1:
+            raise UserError(
+                f"{source} holds schedule tables for {diffusion['timesteps'] - 1} timesteps, not "
+                f"{keywords['timesteps']}: leave timesteps out"
+            )
+        diffusion["timesteps"] = keywords["timesteps"] + 1
+    save_weights(out, _fitted(state, model, keywords, str(source)), model, keywords, diffusion, original.sampling)
     return keywords
+
+
+def _with_tables(diffusion: dict[str, Any], tables: dict[str, Tensor], source: str) -> dict[str, Any]:
+    """The process with the schedule that the tables hold in place of its own."""
+    own = ("timesteps", "schedule", "beta_start", "beta_end")
+    return {**schedule_of_tables(tables, source), **{key: value for key, value in diffusion.items() if key not in own}}
+
+
+def _fitted(state: dict[str, Tensor], model: str, keywords: dict[str, Any], source: str) -> dict[str, Tensor]:
+    """The tensors, where they are those of the network (counters as integers, as it has them).
+
+    Raises UserError with the first differences, and with the name of the network that the tensors do belong to.
+    """
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    wanted = empty_state(model, keywords)
+    try:
+        check_shapes(found, {name: tuple(value.shape) for name, value in wanted.items()}, source)
+    except UserError as error:
+        others = [name for name in recognise(found) if name != model]
+        if not others:
+            raise
+        raise UserError(f"{error}\nthese are the weights of {others[0]}: use --model {others[0]}") from None
+    fitted = {}
+    for name, tensor in state.items():
+        counter = not wanted[name].is_floating_point()
+        if tensor.is_floating_point() and counter and bool(torch.isfinite(tensor).all()):
+            tensor = tensor.round().to(wanted[name].dtype)  # an average of everything makes fractions of counters
+        if tensor.is_floating_point() == counter:
+            raise UserError(f"{source}: {name} holds {tensor.dtype}, the network has {wanted[name].dtype}")
+        fitted[name] = tensor
+    return fitted
 
 
 def _parse_keyword(text: str) -> tuple[str, Any]:
@@ -153,8 +191,10 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m ddpm_dist.convert``."""
     parser = argparse.ArgumentParser(prog="python -m ddpm_dist.convert", description=__doc__.splitlines()[2])
     parser.add_argument("source", help="the file that torch.save wrote")
-    parser.add_argument("keywords", nargs="*", help="what the shapes cannot tell, e.g. image_size=96 heads=8")
-    parser.add_argument("--model", default="unet_conditional", help="name of the network (default: unet_conditional)")
+    parser.add_argument("keywords", nargs="*", help="what the shapes cannot tell, e.g. image_size=96")
+    parser.add_argument(
+        "--model", default="unet_conditional", help=f"one of {', '.join(ORIGINALS)} (default: unet_conditional)"
+    )
     parser.add_argument("--out", required=True, help="the weight file to write")
     parser.add_argument("--key", help="which state dict, where the file holds several")
     parser.add_argument("--force", action="store_true", help="replace an existing file")

@@ -33,7 +33,7 @@ def forward_flops(name: str, keywords: dict[str, Any]) -> int:
     from ddpm_dist.models import build_model
 
     with torch.device("meta"):
-        twin = build_model(name, **keywords)
+        twin = build_model(name, **keywords).eval()  # dropout costs nothing that is counted
         size = keywords["image_size"]
         x = torch.empty(1, keywords["in_channels"], size, size)
         t = torch.empty(1, dtype=torch.int64)

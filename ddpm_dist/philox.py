@@ -22,6 +22,7 @@ from torch import Tensor
 # One number for each purpose, so that two purposes never share a draw.
 TRAIN_NOISE, SAMPLE_NOISE, SYNTHETIC_PIXELS, AUGMENTATION = 1, 2, 3, 4
 ORDER, TIMESTEPS, LABEL_DROP = 16, 17, 18
+DROPOUT = 32  # and following: one for each dropout layer, 255 at most
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -18,6 +18,7 @@ from ddpm_dist.diffusion import objective
 from ddpm_dist.diffusion.noise import draw
 from ddpm_dist.diffusion.schedule import Schedule
 from ddpm_dist.engines import ShardedEMA, make_engine
+from ddpm_dist.models.dropout import prepare_micro_batch
 from ddpm_dist.runtime import Runtime
 
 
@@ -54,6 +55,7 @@ class TrainStep:
         # mse_sum: over an image's numbers instead of their mean.
         self._factor = config.data.channels * config.data.image_size**2 if d.loss == "mse_sum" else 1
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
+        self._network = network
         self.engine = make_engine(config, network, runtime, plan)
         self.ema = ShardedEMA(self.engine.shares(), config.ema, runtime)
         self._prepare = self._noisy
@@ -63,7 +65,7 @@ class TrainStep:
 
     def __call__(self, step: int, loader: Loader, audit: Audit | None = None) -> StepResult:
         """Run step ``step`` (counted from 0) on the next micro-batches of ``loader``."""
-        plan = self.plan
+        config, plan = self.config, self.plan
         draws = self._draws(step)
         total = torch.zeros((), device=self.runtime.device)
         for micro in range(plan.accumulation):
@@ -71,7 +73,8 @@ class TrainStep:
             last = micro == plan.accumulation - 1
             slots, steps, t, dropped = self._to_device(draws[:, batch.slots])
             x0, noise, x_t, target = self._prepare(batch.pixels, slots, steps, t)
-            labels = objective.drop_labels(batch.labels, dropped.bool()) if self.config.data.num_classes else None
+            labels = objective.drop_labels(batch.labels, dropped.bool()) if config.data.num_classes else None
+            prepare_micro_batch(self._network, config.run.seed, steps, slots)
             with self.engine.micro_step(last):
                 prediction = self.engine(x_t, t, labels)
                 losses = self._factor * objective.mse_per_image(prediction, target)

@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.reference import ReferenceUNet
-from ddpm_dist.convert import DIFFUSION, main
+from ddpm_dist.convert import main
 from ddpm_dist.models import load_weights
+from ddpm_dist.originals import ORIGINALS
 
 
 def original(classes=4, width=8, size=16, seed=0):
@@ -37,7 +38,7 @@ def test_converted_flagship_computes_what_the_original_computed(tmp_path, model,
     torch.save(theirs.state_dict(), tmp_path / "ckpt.pt")
     assert run(tmp_path / "ckpt.pt", tmp_path / "weights.safetensors", "--model", model) == 0
     ours, diffusion = load_weights(tmp_path / "weights.safetensors")
-    assert diffusion == DIFFUSION
+    assert diffusion == ORIGINALS[model].diffusion
     x, t = torch.randn(2, 3, 64, 64), torch.tensor([1, 999])
     with torch.no_grad():
         for y in [torch.tensor([3, 9]), None] if classes else [None]:

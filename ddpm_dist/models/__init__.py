@@ -4,7 +4,15 @@ x (B, C, H, W) floating point, t (B,) integer indices into the schedule, y (B,) 
 or None = all dropped; the result has the shape of x.
 """
 
-from ddpm_dist.models.registry import build_model, infer_keywords, model_keywords
+from ddpm_dist.models.registry import build_model, infer_keywords, model_keywords, recognise
 from ddpm_dist.models.weights import initialise_from, load_weights, save_weights
 
-__all__ = ["build_model", "infer_keywords", "initialise_from", "load_weights", "model_keywords", "save_weights"]
+__all__ = [
+    "build_model",
+    "infer_keywords",
+    "initialise_from",
+    "load_weights",
+    "model_keywords",
+    "recognise",
+    "save_weights",
+]

@@ -6,7 +6,7 @@ run under autocast and ``torch.compile(fullgraph=True)``.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,13 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context in which autocast is off. (The meta device knows no autocast.)"""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 class LabelEmbedding(nn.Embedding):
     """Class embedding in which every label outside 0 .. num_classes - 1 (-1 = dropped) gives a zero row.
 
@@ -35,10 +42,18 @@ class LabelEmbedding(nn.Embedding):
     def forward(self, labels: Tensor) -> Tensor:
         """(B,) integers to (B, embedding_dim) in the table's dtype."""
         one_hot = labels[:, None] == torch.arange(self.num_embeddings, device=labels.device)
-        kind = labels.device.type
-        autocast = torch.amp.is_autocast_available(kind)  # not on the meta device
-        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+        with without_autocast(labels.device.type):
             return one_hot.to(self.weight.dtype) @ self.weight
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer computed in float32 at least, whatever autocast says: for inputs that bfloat16 would blur."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), float32 (float64 in a float64 network)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with without_autocast(x.device.type):
+            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 class DoubleConv(nn.Module):
@@ -165,6 +180,28 @@ def _stretch(x: Tensor, dim: int) -> Tensor:
     even = x + distance * (left - x)
     odd = x + distance.flip(dim) * (right - x)
     return torch.stack([even, odd], dim + 1).flatten(dim, dim + 1)
+
+
+def nearest2x(x: Tensor) -> Tensor:
+    """Repeat every pixel in a 2x2 square, (B, C, H, W) to (B, C, 2H, 2W), in the memory format of ``x``.
+
+    What ``F.interpolate`` does by default, but its backward pass is a sum: compiled, that of ``interpolate`` adds with
+    atomics, and the result would differ from run to run.
+    """
+    batch, channels, height, width = x.shape
+    if x.is_contiguous():
+        wide = x[:, :, :, None, :, None].expand(batch, channels, height, 2, width, 2)
+        return wide.contiguous().view(batch, channels, 2 * height, 2 * width)
+    wide = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
+    return wide.contiguous().view(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
+class Nearest2x(nn.Module):
+    """:func:`nearest2x` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 2H, 2W)."""
+        return nearest2x(x)
 
 
 def keep_memory_format(x: Tensor, like: Tensor) -> Tensor:

@@ -1,33 +1,22 @@
-"""The table of networks: one function per network, whose signature is its list of keywords and defaults."""
+"""The table of networks: what builds each, whose signature is its list of keywords and defaults."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ddpm_dist.errors import UserError
-from ddpm_dist.models.unet_conditional import UnetConditional, keywords_from_shapes
+from ddpm_dist.models import adm_unet, basic_unet, checks, context_unet, film_unet, unet2d, unet_conditional
 
-_NETWORKS: dict[str, Callable[..., nn.Module]] = {}
-# Networks whose keywords can be read off the shapes of a state dict.
-_FROM_SHAPES: dict[str, Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]] = {}
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _register(name: str, from_shapes: Callable | None = None) -> Callable:
-    def add(function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        _NETWORKS[name] = function
-        if from_shapes is not None:
-            _FROM_SHAPES[name] = from_shapes
-        return function
-
-    return add
-
-
-@_register("unet_conditional", keywords_from_shapes)
 def _unet_conditional(
     in_channels: int = 3,
     num_classes: int | None = None,
@@ -46,23 +35,36 @@ def _unet_conditional(
     """
     if dropout:
         raise UserError(f"model.dropout={dropout} is not supported by this network: leave model.dropout out")
-    return UnetConditional(
+    return unet_conditional.UnetConditional(
         in_channels, num_classes, width, channel_mults, attention_levels, image_size, embedding_dim, heads
     )
 
 
-@_register("unet", keywords_from_shapes)
 def _unet(num_classes: None = None, **keywords: Any) -> nn.Module:
     """``unet_conditional`` without labels."""
-    if num_classes is not None:
-        raise UserError(
-            f'the network "unet" has no labels, but num_classes={num_classes}: use "unet_conditional" or leave '
-            "num_classes out"
-        )
+    checks.refuse_labels("unet", num_classes, ["unet_conditional"])
     return _unet_conditional(num_classes=None, **keywords)
 
 
 _unet.__signature__ = inspect.signature(_unet_conditional)
+
+
+@dataclass(frozen=True)
+class _Network:
+    build: Callable[..., nn.Module]
+    # Keywords that can be read off the shapes of a state dict; {} where they are those of something else.
+    from_shapes: Callable[[Shapes], dict[str, Any]]
+
+
+_NETWORKS = {
+    "unet_conditional": _Network(_unet_conditional, unet_conditional.keywords_from_shapes),
+    "unet": _Network(_unet, unet_conditional.keywords_from_shapes),
+    "film_unet": _Network(film_unet.FilmUnet, film_unet.keywords_from_shapes),
+    "basic_unet": _Network(basic_unet.BasicUnet, basic_unet.keywords_from_shapes),
+    "context_unet": _Network(context_unet.ContextUnet, context_unet.keywords_from_shapes),
+    "unet2d": _Network(unet2d.unet2d, unet2d.keywords_from_shapes),
+    "adm_unet": _Network(adm_unet.AdmUnet, adm_unet.keywords_from_shapes),
+}
 
 
 def build_model(name: str, **keywords: Any) -> nn.Module:
@@ -74,20 +76,45 @@ def build_model(name: str, **keywords: Any) -> nn.Module:
     for keyword in keywords:
         if keyword not in known:
             raise UserError(f"unknown keyword {keyword!r} for network {name!r}: {_closest(keyword, known)}")
-    return _NETWORKS[name](**keywords)
+    return _NETWORKS[name].build(**keywords)
+
+
+def model_names() -> list[str]:
+    """The names that :func:`build_model` knows."""
+    return list(_NETWORKS)
 
 
 def model_keywords(name: str) -> dict[str, Any]:
     """The keywords of network ``name`` with their defaults. Raises UserError for an unknown name."""
     if name not in _NETWORKS:
         raise UserError(f"unknown network {name!r}: {_closest(name, _NETWORKS)}")
-    return {key: value.default for key, value in inspect.signature(_NETWORKS[name]).parameters.items()}
+    return {key: value.default for key, value in inspect.signature(_NETWORKS[name].build).parameters.items()}
 
 
-def infer_keywords(name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def infer_keywords(name: str, shapes: Shapes) -> dict[str, Any]:
     """Keywords of network ``name`` that follow from the shapes of a state dict; {} where nothing can be told."""
     model_keywords(name)
-    return _FROM_SHAPES[name](shapes) if name in _FROM_SHAPES else {}
+    if any(0 in shape for shape in shapes.values()):  # of no network
+        return {}
+    return _NETWORKS[name].from_shapes(shapes)
+
+
+def recognise(shapes: Shapes) -> list[str]:
+    """The names of the networks whose state dict has exactly these names and shapes, with whatever keywords."""
+    return [name for name in _NETWORKS if _is_of(name, shapes)]
+
+
+def _is_of(name: str, shapes: Shapes) -> bool:
+    known = model_keywords(name)
+    # What leaves no trace in the shapes must not stand in the way.
+    silent = {key: value for key, value in {"image_size": 4096, "heads": 1, "head_channels": 1}.items() if key in known}
+    keywords = infer_keywords(name, shapes)
+    try:
+        with torch.device("meta"):
+            state = build_model(name, **{**silent, **keywords}).state_dict() if keywords else {}
+    except UserError:  # of another network, or of one whose package is not installed
+        return False
+    return bool(state) and {key: tuple(value.shape) for key, value in state.items()} == dict(shapes)
 
 
 def _closest(word: str, valid: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_dist.errors import UserError
+from ddpm_dist.models import checks
 from ddpm_dist.models.blocks import (
     DoubleConv,
     Down,
@@ -91,13 +92,12 @@ class UnetConditional(nn.Module):
             UserError: image sides that are not divisible, or a label that the network does not have (labels are
                 checked on the CPU only: on a GPU it would cost a wait; there they count as dropped).
         """
-        if x.shape[-1] % 2**self.levels or x.shape[-2] % 2**self.levels:
-            raise UserError(f"images of {x.shape[-2]}x{x.shape[-1]} pixels are not divisible by {2**self.levels}")
+        checks.check_image(x, 2**self.levels)
         emb = sinusoidal_embedding(t, self.embedding_dim)
         if self.num_classes is not None:
             if y is None:
                 y = torch.full_like(t, -1)
-            self._check_labels(y)
+            checks.check_labels(y, self.num_classes)
             emb = emb + self.label_emb(y)
         emb = emb.to(x.dtype)
 
@@ -114,15 +114,6 @@ class UnetConditional(nn.Module):
         attention = getattr(self, f"sa{number}", None)
         return x if attention is None else attention(x)
 
-    def _check_labels(self, y: Tensor) -> None:
-        if y.device.type != "cpu" or torch.compiler.is_compiling() or y.numel() == 0:
-            return
-        if int(y.max()) >= self.num_classes:
-            raise UserError(
-                f"label {int(y.max())} is outside 0 .. {self.num_classes - 1}: the network has {self.num_classes} "
-                "classes (-1 stands for a dropped label)"
-            )
-
 
 def check_keywords(
     in_channels: Any,
@@ -135,50 +126,26 @@ def check_keywords(
     heads: Any,
 ) -> None:
     """Raise UserError naming the keyword whose value cannot be built."""
-    counts = {"in_channels": in_channels, "width": width, "image_size": image_size, "embedding_dim": embedding_dim}
-    counts["heads"] = heads
+    checks.check_counts(
+        in_channels=in_channels, width=width, image_size=image_size, embedding_dim=embedding_dim, heads=heads
+    )
     if num_classes is not None:
-        counts["num_classes"] = num_classes
-    for name, value in counts.items():
-        if not _is_count(value):
-            raise UserError(f"model.{name} must be a positive whole number, not {value!r}")
+        checks.check_counts(num_classes=num_classes)
     if embedding_dim % 2:
         raise UserError(f"model.embedding_dim must be even (half sines, half cosines), not {embedding_dim}")
-    if not isinstance(channel_mults, list | tuple) or not channel_mults or not all(map(_is_count, channel_mults)):
-        raise UserError(f"model.channel_mults must be a list of positive whole numbers, not {channel_mults!r}")
+    checks.check_mults(channel_mults)
     levels = len(channel_mults) - 1
-    if image_size % 2**levels:
-        below = image_size - image_size % 2**levels
-        nearest = f"{below} or {below + 2**levels}" if below else str(2**levels)
-        raise UserError(
-            f"image size {image_size} is not divisible by {2**levels}, as the {levels} halvings of "
-            f"model.channel_mults={list(channel_mults)} need: use {nearest}, or fewer levels"
-        )
-    _check_attention(levels, [width * mult for mult in channel_mults], attention_levels, heads)
-
-
-def _check_attention(levels: int, channels: list[int], attention_levels: Any, heads: int) -> None:
-    if attention_levels is None:
-        attention_levels = range(levels + 1)
-    elif not isinstance(attention_levels, list | tuple) or not all(
-        type(level) is int and 0 <= level <= levels for level in attention_levels
-    ):
-        raise UserError(
-            f"model.attention_levels must be a list of levels 0 .. {levels} (0 = full resolution) or null for all, "
-            f"not {attention_levels!r}"
-        )
-    for level in attention_levels:
+    checks.check_halvings(image_size, levels, f"the {levels} halvings of model.channel_mults={list(channel_mults)}")
+    checks.check_levels(attention_levels, levels, none="all")
+    channels = [width * mult for mult in channel_mults]
+    for level in range(levels + 1) if attention_levels is None else attention_levels:
         ends_up = {channels[max(level - 1, 0)]} if level < levels else set()
-        for width in {channels[level]} | ends_up:
-            if width % heads:
+        for count in {channels[level]} | ends_up:
+            if count % heads:
                 raise UserError(
-                    f"model.heads={heads} does not divide the {width} channels of the attention at level {level}: "
+                    f"model.heads={heads} does not divide the {count} channels of the attention at level {level}: "
                     "change model.heads, model.width or model.attention_levels"
                 )
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
 
 
 def keywords_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -70,7 +70,12 @@ class Description:
 
 
 def save_weights(
-    path: str | Path, network_state: Mapping[str, Tensor], model_name: str, keywords: dict[str, Any], diffusion: dict
+    path: str | Path,
+    network_state: Mapping[str, Tensor],
+    model_name: str,
+    keywords: dict[str, Any],
+    diffusion: dict[str, Any],
+    sampling: dict[str, Any] | None = None,
 ) -> None:
     """Write a state dict as a weight file, aside and renamed: ``path`` is complete or not there.
 
@@ -79,6 +84,7 @@ def save_weights(
         network_state: tensors by the names of ``build_model(model_name, **keywords)``, on any device; floating point
             ones are stored as float32.
         diffusion: JSON-serialisable description of the process the network was trained for.
+        sampling: defaults for the sampler, as in the section ``sampling`` of a configuration.
 
     Raises:
         UserError: names or shapes that are not the network's, values that are not finite, an unwritable path.
@@ -94,7 +100,7 @@ def save_weights(
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"{path} not written: {name} holds values that are not finite (NaN or infinite)")
         tensors[name] = value
-    metadata = Description(model_name, keywords, diffusion).metadata()
+    metadata = Description(model_name, keywords, diffusion, sampling=sampling or {}).metadata()
     aside = path.with_name(path.name + ".incomplete")
     try:
         save_file(tensors, aside, metadata)
