@@ -1,13 +1,23 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under nine minutes and without a network: GPU tests, then benchmarks; one JSON report each.
-#   OUT=folder bash benchmarks/gpu_suite.sh        (default OUT: benchmarks/results/<GPU name>)
-# Every step has a time limit of its own, and a step that fails does not keep the others from running. The exit code is 1 if any did.
-# Needs torch, numpy, pydantic, pyyaml, safetensors, pillow, tqdm and pytest; steps that want DALI say so and are skipped without.
+# Everything that needs a GPU, without a network: GPU tests, then benchmarks; one JSON report each.
+#   OUT=folder bash benchmarks/gpu_suite.sh [training] [sampling] [engines]
+# Parts: training (GPU tests, training, averages, checkpoints), sampling (every sampler, captured and eager), engines (DDP and ZeRO,
+# scaling over the GPUs of this machine). Without arguments all of them. Each part is done within ten minutes.
+# Default OUT: benchmarks/results/<GPU name>. Every step has a time limit of its own, and a step that fails does not keep the others from
+# running. The exit code is 1 if any did.
+# Needs torch, numpy, pydantic, pyyaml, safetensors, pillow, tqdm and pytest; what wants DALI, diffusers or DeepSpeed does without, and says so.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
+parts=" ${*:-training sampling engines} "
+for part in $parts; do
+    if [[ ! $part =~ ^(training|sampling|engines)$ ]]; then
+        echo "error: unknown part '$part': training, sampling, engines" >&2
+        exit 2
+    fi
+done
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "error: no CUDA device for $python; run this on a machine with a GPU (PYTHON=... chooses the interpreter)" >&2
     exit 2
@@ -37,13 +47,44 @@ throughput() {
     [[ -f $out/$label.json ]] && tail -n 12 "$out/$label.log"
 }
 
-step gpu_tests 150 "$python" -m pytest -q -m gpu --junitxml="$out/gpu_tests.xml" tests/test_gpu.py
-throughput train_b256 110 --batch 256 --repeats 5 --steps 15 --no-reference
-throughput train_b128_vs_reference 120 --batch 128 --repeats 5 --steps 8
-throughput train_b32 60 --batch 32 --repeats 5 --steps 30 --no-reference
-step ema 30 "$python" -m benchmarks.ema --json "$out/ema.json"
-step checkpoint 70 "$python" -m benchmarks.checkpoint --repeats 2 --json "$out/checkpoint.json" train.compile=false
-throughput train_b256_eager 60 --batch 256 --repeats 3 --steps 10 --no-reference train.compile=false
+# sampling NAME SECONDS OPTIONS...: the table is printed as well.
+sampling() {
+    local label="$1" limit="$2"
+    shift 2
+    step "$label" "$limit" "$python" -m benchmarks.sampling --json "$out/$label.json" --precision bf16 "$@"
+    [[ -f $out/$label.json ]] && cat "$out/$label.log"
+}
+
+if [[ $parts == *" training "* ]]; then
+    step gpu_tests 150 "$python" -m pytest -q -m gpu --junitxml="$out/gpu_tests.xml" tests/test_gpu.py
+    throughput train_b256 110 --batch 256 --repeats 5 --steps 15 --no-reference
+    throughput train_b128_vs_reference 120 --batch 128 --repeats 5 --steps 8
+    throughput train_b32 60 --batch 32 --repeats 5 --steps 30 --no-reference
+    step ema 30 "$python" -m benchmarks.ema --json "$out/ema.json"
+    step checkpoint 70 "$python" -m benchmarks.checkpoint --repeats 2 --json "$out/checkpoint.json" train.compile=false
+    throughput train_b256_eager 60 --batch 256 --repeats 3 --steps 10 --no-reference train.compile=false
+fi
+
+if [[ $parts == *" sampling "* ]]; then
+    # Small batches: what a graph saves; "to eager" at batch 1 is the captured step against the same step launched from Python.
+    sampling sampling_b1_b10 150 --batches 1,10 --turn-seconds 0.05 --whole-below 4
+    sampling sampling_b64_b256 150 --batches 64,256 --guidance 3 --samplers ddpm,ddim:50,dpmpp_2m:20 --turn-seconds 0.05
+    # The numbers to beat: whole runs of a compiled network, 999 steps with guidance among them.
+    sampling sampling_b256_compiled 200 --batches 256 --guidance 3 --samplers ddpm,ddim:50,dpmpp_2m:20 --compile --no-eager \
+        --no-reference --no-diffusers --whole-below 80
+    sampling sampling_b1_compiled 90 --batches 1 --guidance 3 --samplers ddpm,dpmpp_2m:20 --compile --no-reference --no-diffusers
+fi
+
+if [[ $parts == *" engines "* ]]; then
+    if "$python" -c 'import deepspeed' 2>/dev/null; then
+        step engines 280 "$python" -m benchmarks.engines --batch 64 --steps 10 --warmup 5 --repeats 2 --json "$out/engines.json" \
+            train.compile=false
+    else
+        echo "engines                      skipped: DeepSpeed is not installed"
+    fi
+    step scaling 200 "$python" -m benchmarks.scaling --global-batch 256 --batch 128 --steps 10 --warmup 5 --repeats 3 \
+        --json "$out/scaling.json" train.compile=false
+fi
 
 # The logs are folded into one file: what a machine sends back may be limited to a few files.
 "$python" - "$out" "$((SECONDS - started))" "${failed[@]}" <<'PY'

@@ -98,6 +98,8 @@ def why_no_reference(config: Config, world_size: int) -> str | None:
     """The baseline has one device and one network; None where it computes the same as the configuration."""
     if world_size > 1:
         return "the baseline runs on one device only"
+    if config.model.name != "unet_conditional":
+        return f"the baseline computes unet_conditional, not {config.model.name}"
     keywords = {**model_keywords(config.model.name), **config.network_keywords()}
     fixed = {
         "channel_mults": [1, 2, 4, 4],

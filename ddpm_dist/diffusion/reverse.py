@@ -148,7 +148,9 @@ class ReverseProcess:
         if count > self.shape[0]:
             raise ValueError(f"{count} images do not fit into batches of {self.shape[0]}")
         if labels is not None and isinstance(self._classes, int) and count and int(labels.max()) >= self._classes:
-            raise ValueError(f"label {int(labels.max())}: the network has the classes 0 to {self._classes - 1} (-1: no label)")
+            raise ValueError(
+                f"label {int(labels.max())}: the network has the classes 0 to {self._classes - 1} (-1: no label)"
+            )
         # What stands in for missing images is made, too, and left out at the end: a shape of its own would need a graph of its own.
         fill = torch.zeros(self.shape[0], dtype=torch.int64)
         fill[:count] = torch.arange(count)
@@ -208,7 +210,7 @@ class ReverseProcess:
         self._counter.zero_()
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # never in use at the same time
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # savers and loaders go on
             self._evaluate(is_guided)
         return graph
 
