@@ -37,7 +37,10 @@ from ddpm_dist.models.weights import Description, check_shapes, empty_state, fil
 from ddpm_dist.reconstruct import reconstruct, sigma_rels_of
 
 FORMAT, VERSION = "ddpm_dist.export", 1
-SAMPLING = ("sampler", "steps", "guidance", "variance", "thresholding")
+SAMPLING = (
+    "sampler", "steps", "spacing", "eta", "variance", "thresholding", "percentile", "guidance", "guidance_interval",
+    "guidance_rescale",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

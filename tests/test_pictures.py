@@ -1,13 +1,13 @@
-"""Grids, GIFs and loss curves, read back with PIL."""
+"""Grids and GIFs, read back with PIL."""
 
-import json
 import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_dist.tracking.pictures import save_gif, save_grid, save_loss_curve, smooth
+from ddpm_dist.tracking.loss_curve import read_curve, save_loss_curve
+from ddpm_dist.tracking.pictures import save_gif, save_grid
 
 
 @pytest.fixture
@@ -78,9 +78,10 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(images, tmp_path, k
     path = tmp_path / "old.png"
     path.write_bytes(b"old")
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"images_seen": 1, "loss": 1.0}\n')
+    metrics.write_text('{"step": 1, "images_seen": 1, "loss": 1.0}\n')
+    curves = {"run": read_curve(metrics)}
     if kind == "curve":
-        save_loss_curve(metrics, tmp_path / "first.png")  # fills matplotlib's caches
+        save_loss_curve(curves, tmp_path / "first.png")  # fills matplotlib's caches
         (tmp_path / "first.png").unlink()
     child = os.fork()
     if child == 0:
@@ -93,7 +94,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(images, tmp_path, k
             elif kind == "gif":
                 save_gif([images] * 2, path, 2)
             else:
-                save_loss_curve(metrics, path)
+                save_loss_curve(curves, path)
         except OSError:
             code = 7
         finally:
@@ -151,28 +152,3 @@ def test_wrong_gifs_are_refused(images, tmp_path):
         save_gif([], tmp_path / "x.gif", 2)
     with pytest.raises(ValueError, match="same shape"):
         save_gif([images, images[:3]], tmp_path / "x.gif", 2)
-
-
-def test_the_loss_curve_leaves_out_lines_without_a_loss(tmp_path):
-    metrics = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": n, "images_seen": 64 * n, "loss": 1 / n}) for n in range(1, 200)]
-    lines[50] = '{"step": 51, "images_seen": 3264, "loss": null}'
-    lines[60] = '{"step": 61}'
-    metrics.write_text("\n".join(lines) + '\n{"step": 200, "ima')
-    save_loss_curve(metrics, tmp_path / "curve.png")
-    picture = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB"))
-    assert picture.shape == (400, 700, 3)
-    assert (np.abs(picture.astype(int) - (0x1F, 0x4E, 0x8C)).sum(axis=2) < 30).sum() > 300  # the line is there
-    metrics.write_text("")
-    with pytest.raises(ValueError, match="no line with a loss"):
-        save_loss_curve(metrics, tmp_path / "none.png")
-
-
-def test_smoothing_keeps_power_laws_and_removes_noise():
-    values = 0.5 ** np.linspace(0, 10, 300)
-    assert smooth(values, 15) == pytest.approx(values)
-    noisy = values * np.exp(np.random.default_rng(0).normal(0, 0.3, 300))
-    assert np.abs(np.log(smooth(noisy, 15) / values))[60:280].mean() < 0.1
-    steep = 1 / np.arange(1, 301)
-    assert smooth(steep, 15) == pytest.approx(steep, rel=0.05)
-    assert list(smooth([2.0], 5)) == [2.0]

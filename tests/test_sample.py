@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import run_module, train
 from PIL import Image
+from sampling import run_sample
 
 from ddpm_dist.previews import class_rows
 
@@ -21,8 +22,10 @@ def run(tmp_path_factory, digit_shards):
 
 def images(source, tmp_path, *arguments, ranks=0, name="x"):
     out = tmp_path / f"{name}.npz"
-    separator = ("--",) if ranks else ()  # else torchrun of Python 3.11 reads --num as its --numa-binding
-    result = run_module("ddpm_dist.sample", *separator, source, "--out", out, *arguments, ranks=ranks)
+    if ranks:  # "--", else torchrun of Python 3.11 reads --num as its --numa-binding
+        result = run_module("ddpm_dist.sample", "--", source, "--out", out, *arguments, ranks=ranks)
+    else:
+        result = run_sample(source, "--out", out, *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     with np.load(out) as arrays:
         return arrays["images"], arrays["labels"], result
@@ -52,13 +55,21 @@ def test_classes_guidance_average_and_checkpoint_matter(run, tmp_path):
         ("--ema", "1"),
         ("--ema", "none"),
         ("--steps", "5"),
+        ("--sampler", "ddim", "--eta", "0.5"),
+        ("--sampler", "unipc", "--steps", "5"),
+        ("--guidance-interval", "5", "9"),
+        ("--guidance-rescale", "0.7"),
     ):
         changed, _, _ = images(run, tmp_path, "--num", "6", "--classes", "6,3", *change)
         assert not np.array_equal(base, changed), change
-    own, _, _ = images(
-        run, tmp_path, "--num", "6", "--classes", "6,3", "--guidance", "2"
-    )  # sampling.guidance of the run
-    assert np.array_equal(base, own)
+    for same in (
+        ("--guidance", "2"),
+        ("--guidance-weight", "1"),
+        ("--variance", "1"),
+        ("--guidance-interval", "0", "19"),
+    ):
+        own, _, _ = images(run, tmp_path, "--num", "6", "--classes", "6,3", *same)
+        assert np.array_equal(base, own), f"what the run does by itself: {same}"
     older, _, _ = images(run / "checkpoints/step_00000010", tmp_path, "--num", "6", "--classes", "6,3")
     assert not np.array_equal(base, older)
     unguided, _, _ = images(run, tmp_path, "--num", "6", "--classes", "6,3", "--guidance", "0")
@@ -107,7 +118,7 @@ def test_rows_of_a_grid_are_classes():
     ],
 )
 def test_bad_arguments(run, tmp_path, arguments, words):
-    result = run_module("ddpm_dist.sample", run, *arguments)
+    result = run_sample(run, *arguments)
     assert result.returncode == 2, result.stdout + result.stderr
     for word in words:
         assert word in result.stderr
@@ -118,7 +129,7 @@ def test_targets_are_checked_before_the_work(run, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.png").mkdir()
     for arguments in (("--out", "folder.png"), ("--out", "file/x.png"), ("--out-dir", "file"), ("--gif", "file/x.gif")):
-        result = run_module("ddpm_dist.sample", run, "--num", "2", arguments[0], tmp_path / arguments[1])
+        result = run_sample(run, "--num", "2", arguments[0], tmp_path / arguments[1])
         assert result.returncode == 2 and "file" in result.stderr + "folder" and "Traceback" not in result.stderr
         assert "images/sec" not in result.stdout
 
@@ -126,7 +137,7 @@ def test_targets_are_checked_before_the_work(run, tmp_path):
 def test_names_of_classes_go_before_numbers():
     from types import SimpleNamespace
 
-    from ddpm_dist.sample import choose_labels
+    from ddpm_dist.sample_source import choose_labels
 
     source = SimpleNamespace(num_classes=4, classes=["0", "1", "10", "2"], title="run")
     assert choose_labels("2,10,3", 3, source).tolist() == [3, 2, 3]
@@ -135,7 +146,7 @@ def test_names_of_classes_go_before_numbers():
 @pytest.mark.parametrize(
     "wrong",
     [{"timesteps": 0}, {"timesteps": "a"}, {"t_min": 2000}, {"schedule": "warp"}, {"range": [1]}, {"beta_start": -1.0},
-     {"prediction": "v"}],
+     {"prediction": "score"}, {"schedule": "mixing", "prediction": "v"}, {"noise": "uniform"}],
 )  # fmt: skip
 def test_a_weights_file_with_a_hostile_description_is_refused(tmp_path, wrong):
     from ddpm_dist.errors import UserError

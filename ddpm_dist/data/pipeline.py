@@ -146,7 +146,7 @@ def shard_batches(
 ) -> Iterator[MicroBatch]:
     """Micro-batches of this rank for ``steps`` (counted from 0), decoded by DALI."""
     order = SampleOrder(len(index.samples), seed)
-    decode = _Decoder(index, settings, plan.micro_batch, runtime.device, decoder)
+    decode = Decoder(index, settings, plan.micro_batch, runtime.device, decoder)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="reader") as pool:
         pending: list[tuple] = []
         for step in steps:
@@ -165,7 +165,7 @@ def _read(index: Index, ids: np.ndarray) -> list[np.ndarray]:
     return [np.frombuffer(index.read(int(sample)), dtype=np.uint8) for sample in ids]
 
 
-def _finish(item: tuple, index: Index, settings: Data, decode: _Decoder, seed: int) -> MicroBatch:
+def _finish(item: tuple, index: Index, settings: Data, decode: Decoder, seed: int) -> MicroBatch:
     step, slots, epochs, ids, parts = item
     encoded = [data for part in parts for data in _result(part)]
     rows = index.samples[ids]
@@ -186,7 +186,7 @@ def _result(future: Future) -> list[np.ndarray]:
         raise
 
 
-class _Decoder:
+class Decoder:
     """One DALI pipeline of fixed batch size, fed from outside."""
 
     def __init__(self, index: Index, settings: Data, batch: int, device: torch.device, decoder: str) -> None:

@@ -1,11 +1,10 @@
-"""Pictures of a run: grids of samples (PNG), the reverse process (GIF), the loss curve.
+"""Pictures of images: grids (PNG) and the reverse process (GIF), written aside and renamed.
 
-All are written aside and renamed.
+Grids with words around them are made in ``captions.py``, the curves of a run in ``loss_curve.py``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,8 +44,8 @@ def save_grid(
         ValueError: wrong dtype, shape, columns, scale or number of labels.
         OSError: the file cannot be written; an older file at ``path`` stays whole.
     """
-    picture = _grid(images, columns, row_labels, scale)
-    _write(path, lambda stream: picture.save(stream, format="PNG", optimize=True), workplace)
+    picture = grid(images, columns, scale, row_labels)
+    write_aside(path, lambda stream: picture.save(stream, format="PNG", optimize=True), workplace)
 
 
 def save_gif(
@@ -75,55 +74,15 @@ def save_gif(
         raise ValueError("all frames of a GIF need the same shape")
     if scale is None:
         scale = enlargement(frames[0], VISIBLE_GIF)
-    pictures = _few_colors([_grid(frame, columns, row_labels, scale) for frame in frames])
+    save_frames([grid(frame, columns, scale, row_labels) for frame in frames], path, milliseconds, hold_last)
+
+
+def save_frames(pictures: Sequence[Image.Image], path: Path, milliseconds: int = 80, hold_last: int = 1500) -> None:
+    """Save pictures of one size and mode (L or RGB) as ``save_gif`` does its grids. Raises OSError."""
+    pictures = _few_colors(list(pictures))
     times = [milliseconds] * (len(pictures) - 1) + [hold_last]
     options = {"save_all": True, "append_images": pictures[1:], "duration": times, "loop": 0, "optimize": False}
-    _write(path, lambda stream: pictures[0].save(stream, format="GIF", **options))
-
-
-def save_loss_curve(metrics_jsonl: Path, path: Path) -> None:
-    """Draw the training loss over the images seen, as logged and smoothed, with a logarithmic axis.
-
-    Args:
-        metrics_jsonl: the run's metrics.jsonl; lines without a finite loss are left out.
-        path: PNG file; its folder is made.
-
-    Raises:
-        ValueError: the file has no line with a positive loss.
-        OSError: a file cannot be read or written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    images, losses = _losses(Path(metrics_jsonl))
-    if not losses:
-        raise ValueError(f"{metrics_jsonl}: no line with a loss")
-    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(images, losses, color="#9db8d9", linewidth=0.8, label="as logged")
-    if len(losses) >= 10:
-        axes.plot(images, smooth(losses, len(losses) // 20), color="#1f4e8c", linewidth=1.8, label="smoothed")
-        axes.legend(frameon=False)
-    axes.set_yscale("log")
-    axes.set_xlabel("images seen")
-    axes.set_ylabel("loss")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.grid(alpha=0.25, which="both", linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    _write(path, lambda stream: figure.savefig(stream, format="png"))
-
-
-def smooth(values: Sequence[float], reach: int) -> np.ndarray:
-    """Geometric mean over at most ``reach`` values on either side, fewer at the steep beginning.
-
-    Args:
-        values: positive numbers.
-    """
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.asarray(values, dtype=np.float64)))])
-    index = np.arange(len(values))
-    side = np.minimum(np.minimum(index // 4, reach), len(values) - 1 - index)
-    return np.exp((logs[index + side + 1] - logs[index - side]) / (2 * side + 1))
+    write_aside(path, lambda stream: pictures[0].save(stream, format="GIF", **options))
 
 
 def enlargement(images: np.ndarray, visible: int) -> int:
@@ -131,23 +90,10 @@ def enlargement(images: np.ndarray, visible: int) -> int:
     return max(1, round(visible / max(images.shape[-2:])))
 
 
-def _losses(path: Path) -> tuple[list[int], list[float]]:
-    images, losses = [], []
-    with open(path, "rb") as stream:
-        for line in stream:
-            try:
-                record = json.loads(line)
-                seen, loss = record["images_seen"], record["loss"]
-            except (ValueError, KeyError, TypeError):
-                continue  # a torn line
-            if isinstance(loss, int | float) and 0 < loss < float("inf"):
-                images.append(seen)
-                losses.append(loss)
-    return images, losses
-
-
-def _grid(images: np.ndarray, columns: int, row_labels: list[str] | None, scale: int | None) -> Image.Image:
-    """The images as one picture, mode L for one channel and RGB for three."""
+def grid(
+    images: np.ndarray, columns: int, scale: int | None = None, row_labels: list[str] | None = None
+) -> Image.Image:
+    """The images as one picture, mode L for one channel and RGB for three; arguments and errors as in ``save_grid``."""
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"images must be uint8 (N, 1 or 3, H, W), not {images.dtype} {images.shape}")
@@ -205,7 +151,8 @@ def _few_colors(pictures: list[Image.Image]) -> list[Image.Image]:
     return [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
 
 
-def _write(path: Path, save: Callable[[BinaryIO], object], workplace: Workplace | None = None) -> None:
+def write_aside(path: Path, save: Callable[[BinaryIO], object], workplace: Workplace | None = None) -> None:
+    """Make a file with ``save``, aside, and rename it to ``path``; its folder is made. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".incomplete") if workplace is None else workplace.aside(path)
