@@ -8,6 +8,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.data.order import BatchPlan
 from ddpm_dist.engines.base import Engine
 from ddpm_dist.engines.ema import ShardedEMA
+from ddpm_dist.engines.layers import check_layers
 from ddpm_dist.runtime import Runtime
 
 __all__ = ["Engine", "ShardedEMA", "check_engine", "make_engine"]
@@ -15,6 +16,7 @@ __all__ = ["Engine", "ShardedEMA", "check_engine", "make_engine"]
 
 def check_engine(config: Config, plan: BatchPlan, runtime: Runtime) -> None:
     """Find out before anything is built whether the engine can be had. Raises UserError with the remedy."""
+    check_layers(config, plan, runtime)
     if config.engine.name == "deepspeed":
         from ddpm_dist.engines.deepspeed_config import check
 

@@ -5,7 +5,7 @@ An engine offers, beside the methods below,
 * ``__call__(x, t, y)``: the prediction under autocast,
 * ``micro_step(last)``: a context around forward and backward of one micro-batch,
 * ``backward(loss)`` and ``step(lr, loss) -> (gradient norm, skipped)``,
-* ``shapes``: the shape of every trained parameter by clean name, ``buffers``: the persistent buffers by name,
+* ``shapes``: the shape of every trained parameter by clean name, ``buffers``: the persistent buffers by name, the same on every rank,
 * ``shares()``: this rank's 1/W of the fp32 parameters as live views; the shares of all ranks cover each parameter once,
 * ``pieces()`` and ``load(reader, scaler)``: the state for a checkpoint, the same whatever the engine.
 """
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from ddpm_dist.checkpoint.format import Piece, Reader
 from ddpm_dist.config import Optim, Train
+from ddpm_dist.engines.rank_average import average_over_ranks
+from ddpm_dist.models.batch_norm import synchronise
 from ddpm_dist.runtime import Runtime
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,6 +70,26 @@ class Engine:
         self._scale.fill_(scaler["scale"])
         self._growth.fill_(int(scaler["growth"]))
 
+    def _adopt_buffers(self, network: nn.Module) -> None:
+        """Statistics of the batch of all ranks from here on, and buffers that a skipped step leaves as they were."""
+        ranks = self._runtime.world_size
+        synchronise(network, average_over_ranks if ranks > 1 else None, ranks)
+        self.buffers = persistent_buffers(network)
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self.buffers.values():
+            kinds.setdefault(buffer.dtype, []).append(buffer)
+        self._kept_buffers = [(live, [buffer.clone() for buffer in live]) for live in kinds.values()]
+
+    def _settle_buffers(self, skipped: Tensor) -> None:
+        """At the end of a step: keep what the forwards have made of the buffers, or take it back where the step is skipped."""
+        for live, kept in self._kept_buffers:
+            # The flag is 0 or 1 and BatchNorm2d lets no NaN in: these sums are exact, in three launches for all layers.
+            flag = skipped.to(live[0].dtype)
+            torch._foreach_mul_(kept, flag)
+            torch._foreach_mul_(live, 1 - flag)
+            torch._foreach_add_(live, kept)
+            torch._foreach_copy_(kept, live)
+
     def _buffer_pieces(self) -> Iterator[Piece]:
         if self._runtime.is_main:
             for name, buffer in self.buffers.items():
@@ -76,6 +98,8 @@ class Engine:
     def _load_buffers(self, reader: Reader) -> None:
         for name, buffer in self.buffers.items():
             buffer.copy_(reader.tensor(f"buffer/{name}"))
+        for live, kept in self._kept_buffers:
+            torch._foreach_copy_(kept, live)
 
 
 def make_optimizer(parameters: list[Tensor], optim: Optim) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm_dist.checkpoint.format import Piece, Reader
 from ddpm_dist.config import Optim, Train
 from ddpm_dist.data.order import BatchPlan
-from ddpm_dist.engines.base import AUTOCAST, MOMENTS, Engine, fresh_state, make_optimizer, persistent_buffers
+from ddpm_dist.engines.base import AUTOCAST, MOMENTS, Engine, fresh_state, make_optimizer
 from ddpm_dist.engines.partition import replicated_shares, same_rows
 from ddpm_dist.engines.tree import TreeSum
 from ddpm_dist.runtime import Runtime
@@ -50,7 +50,7 @@ class DDPEngine(Engine):
             )
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
-        self.buffers = persistent_buffers(network)
+        self._adopt_buffers(network)
         self._optimizer = make_optimizer(list(self.parameters.values()), optim)
         for parameter in self.parameters.values():
             self._optimizer.state[parameter] = fresh_state(parameter)
@@ -95,6 +95,7 @@ class DDPEngine(Engine):
         norm, skipped, divisor = self._guard(
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))), loss
         )
+        self._settle_buffers(skipped)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         # The fused kernel divides by grad_scale and leaves everything alone where found_inf is 1.

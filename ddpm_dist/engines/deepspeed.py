@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ddpm_dist.checkpoint.format import Piece, Reader
 from ddpm_dist.config import Config
 from ddpm_dist.data.order import BatchPlan
-from ddpm_dist.engines.base import MOMENTS, Engine, fresh_state, make_optimizer, persistent_buffers
+from ddpm_dist.engines.base import MOMENTS, Engine, fresh_state, make_optimizer
 from ddpm_dist.engines.ddp import load_replicated, replicated_pieces
 from ddpm_dist.engines.deepspeed_config import generate, import_deepspeed
 from ddpm_dist.engines.partition import replicated_shares
@@ -68,7 +68,6 @@ class DeepSpeedEngine(Engine):
         network.to(runtime.device)
         self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in self._parameters.items()}
-        self.buffers = persistent_buffers(network)
         self._optimizer = make_optimizer(list(self._parameters.values()), config.optim)
         os.environ.setdefault("LOCAL_RANK", str(runtime.local_rank))  # DeepSpeed insists, also on a single process
         count = sum(shape.numel() for shape in self.shapes.values())
@@ -76,6 +75,7 @@ class DeepSpeedEngine(Engine):
         self._engine, *_ = deepspeed.initialize(
             model=inside, optimizer=self._optimizer, config=generate(config, plan, count), dist_init_required=False
         )
+        self._adopt_buffers(network)  # after DeepSpeed, which may put others in their place
         self._zero = self._engine.optimizer  # of stages 1 to 3; the plain optimizer in stage 0
         if config.train.precision == "fp16":
             # DeepSpeed's scaler would look at this rank's partition only, and ranks could disagree about a step. Ours sees all.
@@ -109,6 +109,7 @@ class DeepSpeedEngine(Engine):
         Returns (gradient norm before clipping, skipped as 0-dim float 0 or 1), both on the device.
         """
         norm, skipped, divisor = self._guard(self._gradient_norm(), loss)
+        self._settle_buffers(skipped)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         device = self._optimized()[0].device  # the host's, where the optimizer is offloaded
