@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "diffusers", "triton")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "deepspeed",
+    "diffusers",
+    "triton",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -288,10 +288,14 @@ def _watch(stopping: Callable[[], bool]) -> None:
     # Looking again and again, because pidfd_open is too new for the kernels of many clusters.
     while all(born and processes.born(pid) == born for pid, born in _followed):
         time.sleep(0.5)
+    for _ in range(10):  # a signal that has arrived already may not have been heard by the main thread yet
+        if stopping():
+            return
+        time.sleep(0.1)
     if not stopping():
         print("the launcher is gone, stopping", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(8)
+        time.sleep(7)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.slow
 
 # Of the loss at the start, what is left at the end; far from the best that the network can do.
 SYSTEMS = {
-    "cifar64_small": ("shapes32", 0.5),
-    "celeba96_small": ("shapes32", 0.5),
-    "landscape64_small": ("folder32", 0.5),
+    "cifar64_small": ("shapes16", 0.5),
+    "celeba96_small": ("shapes16", 0.5),
+    "landscape64_small": ("folder16", 0.5),
     "mnist_context_small": ("digits28", 0.3),
     "mnist_x0_mix_small": ("digits28", 0.5),
     "mnist_unet2d_small": ("digits28", 0.6),
@@ -37,8 +37,8 @@ def shards(tmp_path_factory) -> Path:
         render(0, number, 48).save(pictures / f"{number:04d}.png")
     for name, arguments in {
         "digits28": ["digits", "--size", "28"],
-        "shapes32": ["shapes", "--num", "4000", "--size", "32"],
-        "folder32": ["folder", "--root", str(pictures), "--size", "32"],
+        "shapes16": ["shapes", "--num", "4000", "--size", "16"],
+        "folder16": ["folder", "--root", str(pictures), "--size", "16"],
     }.items():
         done = run_module("ddpm_dist.pack", *arguments, "--out", str(folder / name))
         assert done.returncode == 0, done.stderr
@@ -52,7 +52,7 @@ def test_a_small_reference_system_runs_from_shards_to_samples(name, shards, tmp_
     config, run = load_config(name), tmp_path / "run"
     settings = [
         "--config", name, f"run.dir={run}", f"data.shards={shards / data}", "tracking.mlflow=false",
-        f"optim.decay_images={config.train.images}", "checkpoint.every=1_000_000_000", "sampling.every=2_000", "train.log_every=10",
+        f"optim.decay_images={config.train.images}", "checkpoint.every=1_000_000_000", "train.log_every=10",
     ]  # fmt: skip
     # A third of what the configuration says is enough to see that it learns.
     batch = config.train.global_batch
@@ -65,9 +65,6 @@ def test_a_small_reference_system_runs_from_shards_to_samples(name, shards, tmp_
     records = lines(run / "metrics.jsonl")
     assert records[-1]["images_seen"] == whole
     assert records[-1]["loss"] < learned * records[0]["loss"], [round(r["loss"], 4) for r in records]
-    previews = sorted((run / "samples").glob("*.png"))
-    assert previews and Image.open(previews[-1]).size[0] > config.data.image_size
-
     out = tmp_path / "images.npz"
     done = run_module(
         "ddpm_dist.sample", str(run), "-n", "10", "--out", str(out), "--gif", str(tmp_path / "reverse.gif")
