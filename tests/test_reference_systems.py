@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import lines, run_module
-from PIL import Image
 
 from ddpm_dist.config import load_config
 from ddpm_dist.data.shapes import render
