@@ -321,8 +321,10 @@ class Config(Section):
         variance, interval = self.sampling.variance, self.sampling.guidance_interval
         if isinstance(variance, float) and not 0 <= variance <= 1:
             raise ValueError(f"sampling.variance {variance} must be beta, posterior, or a number from 0 to 1")
-        if interval is not None and not 0 <= interval[0] <= interval[1]:
-            raise ValueError(f"sampling.guidance_interval {interval} must be two timesteps, the lower one first")
+        if interval is not None and not 0 <= interval[0] <= interval[1] < self.diffusion.timesteps:
+            raise ValueError(
+                f"sampling.guidance_interval {interval} must be two timesteps of 0..{self.diffusion.timesteps - 1}, the lower one first"
+            )
         return self
 
     def network_keywords(self) -> dict[str, Any]:

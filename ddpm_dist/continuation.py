@@ -24,7 +24,10 @@ CHANGEABLE = (
     "tracking", "ema.snapshot_every",
 )  # fmt: skip
 # Keys that checkpoints of an earlier version do not have, with what they meant then.
-ADDED_LATER = {"ema.sigma_rels": [], "train.reduction": "all_reduce"}
+ADDED_LATER = {
+    "ema.sigma_rels": [], "train.reduction": "all_reduce", "diffusion.betas": None, "diffusion.min_snr_gamma": None,
+    "diffusion.noise": "gaussian", "diffusion.zero_terminal_snr": False,
+}  # fmt: skip
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

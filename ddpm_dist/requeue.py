@@ -142,6 +142,8 @@ def ask_slurm(job: str) -> Job | None:
 def begin(folder: Path, restart: int) -> tuple[int, str]:
     """Record a new attempt in ``folder`` and judge those before it: (0 or 1, what to tell the user). UserError: not writable."""
     attempts = read_history(folder / "history.json")
+    if attempts and restart <= attempts[-1].restart:
+        attempts = []  # of another job with this number: another cluster, or one that began to count again
     if attempts and attempts[-1].then is None:
         attempts[-1].hear(read_object(folder / "exit.json"))
         attempts[-1].then = "ended by SLURM"

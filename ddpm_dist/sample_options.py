@@ -105,6 +105,13 @@ def check_arguments(a: argparse.Namespace) -> None:
             raise UserError(f"{name} {value}: must be at least 1")
         if value is not None and value > MAX_IMAGES:
             raise UserError(f"{name} {value}: more than {MAX_IMAGES:,} in one call; use several with different seeds")
+    if not 0 <= a.seed < 2**64:
+        raise UserError(f"--seed {a.seed}: must lie in 0..{2**64 - 1}")
+    if a.classes is not None and not a.classes.strip():
+        raise UserError("--classes is empty: name classes, or leave it out for all of them")
+    targets = [path for path in (*a.out, a.gif, a.steps_picture, a.forward_process) if path is not None]
+    if twice := {str(path) for path in targets if targets.count(path) > 1}:
+        raise UserError(f"{', '.join(sorted(twice))} is asked for twice: give each output its own name")
     scales = guidance_scales(a)
     if a.ema is not None and a.ema != "none" and not re.fullmatch(r"[0-9]{1,9}", a.ema):
         raise UserError(f"--ema {a.ema}: must be the number of an average, or none")

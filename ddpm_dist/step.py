@@ -55,7 +55,7 @@ class TrainStep:
         # mse_sum: over an image's numbers instead of their mean.
         self._factor = config.data.channels * config.data.image_size**2 if d.loss == "mse_sum" else 1
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
-        self._network = network
+        self._network, self._settled = network, False
         self.engine = make_engine(config, network, runtime, plan)
         self.ema = ShardedEMA(self.engine.shares(), config.ema, runtime)
         self._prepare = self._noisy
@@ -75,6 +75,9 @@ class TrainStep:
             x0, noise, x_t, target = self._prepare(batch.pixels, slots, steps, t)
             labels = objective.drop_labels(batch.labels, dropped.bool()) if config.data.num_classes else None
             prepare_micro_batch(self._network, config.run.seed, steps, slots)
+            if not self._settled:
+                self._settled = True
+                self.engine.settle(x_t, t, labels)
             with self.engine.micro_step(last):
                 prediction = self.engine(x_t, t, labels)
                 losses = self._factor * objective.mse_per_image(prediction, target)

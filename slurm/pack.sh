@@ -3,6 +3,7 @@
 #   job=$(sbatch --parsable --array=0-7 slurm/pack.sh cifar10 --root data --size 64 --out shards/cifar64)
 #   sbatch --dependency=afterok:$job slurm/pack.sh --merge --out shards/cifar64
 # A task that failed is run again alone, with the number of parts: sbatch --array=3 --export=ALL,PARTS=8 slurm/pack.sh ...
+# The job that joins then waits for something that will not come: scancel it, and submit it again when all parts are there.
 #SBATCH --job-name=pack
 #SBATCH --nodes=1 --ntasks=1 --cpus-per-task=8
 #SBATCH --time=08:00:00

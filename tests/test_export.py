@@ -168,7 +168,7 @@ def test_it_samples_like_the_run_with_its_names_and_defaults(run, exported, tmp_
 def test_a_hostile_description_is_refused(exported, tmp_path, key, value):
     from safetensors.torch import save_file
 
-    from ddpm_dist.sample import open_source
+    from ddpm_dist.sample_source import open_source
 
     with safe_open(exported, framework="pt") as file:
         metadata = {**file.metadata(), key: json.dumps(value)}

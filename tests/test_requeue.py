@@ -43,6 +43,11 @@ def play(folder, *exits, job: Job = RUNNING) -> list[int]:
     return codes
 
 
+def test_the_history_of_another_job_with_the_same_number_does_not_count(tmp_path):
+    assert play(tmp_path, *[(1, 0, 9)] * 4)[-1] == 1  # a crash loop
+    assert requeue.begin(tmp_path, 0)[0] == 0  # the first start of a job of another cluster
+
+
 def test_done_and_bad_input_end_the_job(tmp_path):
     assert play(tmp_path, (75, 0, 10), (0, 10, 20)) == [0, 75, 0, 0]
     assert play(tmp_path, (2, None, None)) == [0, 2]

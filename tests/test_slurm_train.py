@@ -225,6 +225,16 @@ def test_the_time_limit_requeues_and_the_user_s_scancel_does_not(cluster, place)
 
 
 @pytest.mark.slow
+def test_a_signal_to_steps_whose_ranks_cannot_hear_it_yet_is_handed_on(cluster, place):
+    run = Run(cluster, place, ANY, *TINY_NODE, config="empty.yaml", overrides=ENDLESS)
+    until(lambda: "node 0: " in run.log(), 60, run.log, every=0.05)
+    cluster.run("scancel", "--signal=USR1", str(run.number))  # torchrun is about to start
+    run.again(1)
+    assert (run.said()["code"], run.said()["reason"]) == (75, "SIGUSR1"), run.log()
+    assert len(run.attempts()) == 1
+
+
+@pytest.mark.slow
 def test_a_crash_is_requeued_and_a_crash_loop_stops(cluster, place):
     """The first and the last of four attempts are real; the two between them are copied into the history to save time."""
     broken = (*ENDLESS, "optim.lr=1e30", "optim.warmup=0", "train.max_skipped_steps=1", "train.grad_clip=null")

@@ -74,6 +74,8 @@ class ReverseProcess:
         visited, matrices = samplers.table(schedule, sampler, steps, spacing, variance, eta)
         self.timesteps: list[int] = visited.tolist()  # of the evaluations
         low, high = guidance_interval or (0, schedule.timesteps)
+        if guidance_interval is not None and high >= schedule.timesteps:
+            raise ValueError(f"guidance_interval {low} {high}: the timesteps are 0..{schedule.timesteps - 1}")
         # Outside of the interval the conditional prediction is taken as it is (Kynkaanniemi et al. 2024, arXiv 2404.07724, equation 5).
         self.guided = [labelled and guidance not in (0, 1) and low <= t <= high for t in self.timesteps]
 
@@ -112,6 +114,8 @@ class ReverseProcess:
         if self._capture and not self._graphs:
             for is_guided in sorted(set(self.guided)):
                 self._graphs[is_guided] = self._captured(is_guided)
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed {seed} does not fit into 64 bits: choose one from 0 to {2**64 - 1}")
         self._seed.fill_(seed - (seed >= 2**63) * 2**64)
         self._indices.copy_(indices)
         if self._labels is not None:
@@ -161,6 +165,8 @@ class ReverseProcess:
             if on_step is not None:
                 on_step(k, t, self.x[:count], self.x0[:count])
         bad = int(self._bad)
+        if bad == len(self) and not bool(self.x.isfinite().all()):
+            raise NotFinite("the images are not finite after the last step: choose another sampler or more steps")
         if bad < len(self):
             raise NotFinite(
                 f"the network's answer at timestep {self.timesteps[bad]} (evaluation {bad + 1} of {len(self)}) is not finite: look at the "

@@ -67,7 +67,14 @@ class Schedule:
             raise ValueError("schedule 'mixing' has no v prediction and no zero_terminal_snr: predict x0 or epsilon")
         if self.noise == "uniform" and self.schedule != "mixing":
             raise ValueError("noise 'uniform' needs schedule 'mixing': the other schedules are made for Gaussian noise")
-        if self.prediction == "epsilon" and float(self.spread[-1]) == 1.0:
+        if not bool((self.spread > 0).all()):
+            raise ValueError(f"the first betas are so small that x_{int((self.spread <= 0).nonzero()[0])} holds no noise: raise them")
+        if self.timesteps > 1 and not bool((self.signal[:-1] > 0).all()):
+            raise ValueError(
+                f"the betas are so large that nothing of the image is left in x_{int((self.signal[:-1] <= 0).nonzero()[0])} and "
+                "after it: lower them (beta_end), or take fewer timesteps"
+            )
+        if self.prediction == "epsilon" and float(self.signal[-1]) == 0.0:
             raise ValueError(
                 "the last x_t is pure noise (zero terminal SNR), from which epsilon says nothing about the image: predict v or x0"
             )

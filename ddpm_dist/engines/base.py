@@ -80,6 +80,9 @@ class Engine:
             kinds.setdefault(buffer.dtype, []).append(buffer)
         self._kept_buffers = [(live, [buffer.clone() for buffer in live]) for live in kinds.values()]
 
+    def settle(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+        """Called once before the first step after a start, with its first micro-batch; collective. For what only has to be done once."""
+
     def _settle_buffers(self, skipped: Tensor) -> None:
         """At the end of a step: keep what the forwards have made of the buffers, or take it back where the step is skipped."""
         for live, kept in self._kept_buffers:
