@@ -269,6 +269,14 @@ class Sampling(Section):
     )
     percentile: float = Field(0.995, gt=0, le=1)  # of dynamic thresholding
 
+    @field_validator("variance", mode="before")
+    @classmethod
+    def _variance(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+        if not number and value not in ("beta", "posterior"):
+            raise ValueError("must be beta, posterior, or a number from 0 (posterior) to 1 (beta)")
+        return float(value) if number else value
+
     def options(self, labelled: bool) -> dict[str, Any]:
         """The keywords of ``diffusion.sample`` that this section speaks of."""
         values = self.model_dump(exclude={"every", "num"})
@@ -318,9 +326,7 @@ class Config(Section):
                 f"sampling.sampler={self.sampling.sampler} does not go with diffusion.schedule={self.diffusion.schedule}: "
                 "the schedule 'mixing' is sampled by 'mixing', and no other one is"
             )
-        variance, interval = self.sampling.variance, self.sampling.guidance_interval
-        if isinstance(variance, float) and not 0 <= variance <= 1:
-            raise ValueError(f"sampling.variance {variance} must be beta, posterior, or a number from 0 to 1")
+        interval = self.sampling.guidance_interval
         if interval is not None and not 0 <= interval[0] <= interval[1] < self.diffusion.timesteps:
             raise ValueError(
                 f"sampling.guidance_interval {interval} must be two timesteps of 0..{self.diffusion.timesteps - 1}, the lower one first"
