@@ -9,6 +9,7 @@ from ddpm_dist.config import Config, load_config
 from ddpm_dist.config_files import available_configs, parse_yaml
 from ddpm_dist.continuation import differences
 from ddpm_dist.errors import UserError
+from ddpm_dist.models import build_model
 
 
 @pytest.mark.parametrize(
@@ -154,8 +155,12 @@ def test_differences_leave_out_what_may_change():
 def test_contradictions_between_model_and_data():
     with pytest.raises(UserError, match="model.num_classes=5 contradicts"):
         load_config(None, ["model.num_classes=5", "data.num_classes=10"]).network_keywords()
-    with pytest.raises(UserError, match="unet_conditional"):
-        load_config(None, ["model.name=unet", "data.num_classes=10"]).network_keywords()
+    for name in ("unet", "film_unet", "basic_unet"):  # what has no labels says so when it is built
+        config = load_config(None, [f"model.name={name}", "data.num_classes=10"])
+        with pytest.raises(UserError, match=f'"{name}" has no labels, but num_classes=10'):
+            build_model(name, **config.network_keywords())
+    with pytest.raises(UserError, match="model.timesteps=7 contradicts"):
+        load_config(None, ["model.name=context_unet", "model.timesteps=7"]).network_keywords()
 
 
 def test_credentials_stay_out_of_records():
