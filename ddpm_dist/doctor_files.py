@@ -32,6 +32,10 @@ def measure(folder: Path) -> dict[str, Any]:
         "folder": str(folder) if there == folder.absolute() else f"{folder}, so far {there}", "kind": kind(there), "error": None,
         "free_gb": shutil.disk_usage(there).free / 1e9, "read_mb_per_s": read_speed(there) if there == folder.absolute() else None,
     }  # fmt: skip
+    file = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), there)
+    if not file.is_dir():
+        said["error"] = f"cannot be made: {file} is a file"
+        return said
     try:
         with tempfile.TemporaryDirectory(prefix=".doctor_", dir=there) as name:
             said |= written(Path(name))

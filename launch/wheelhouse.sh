@@ -185,7 +185,7 @@ check_version() {
     [[ $have == "$version" ]] || usage "$from is for Python $version, $1 is $have: take another --into, or collect with --python $have"
 }
 
-[[ -n $out$from || ! -f $here/SHA256SUMS ]] || from="$here" # install.sh in a wheelhouse
+[[ -n $out$from || ${BASH_SOURCE[0]##*/} != install.sh ]] || from="$here" # the copy in a wheelhouse
 [[ -z $out || -z $from ]] || usage "--out or --install, not both"
 if [[ -n $from ]]; then
     ((!${#requirements[@]})) || usage "--install takes no requirements"

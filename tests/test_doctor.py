@@ -161,6 +161,13 @@ def test_file_systems_are_judged(about, change, state, words):
     assert finding.state == state and words in finding.text + finding.remedy
 
 
+def test_a_file_in_place_of_a_folder_is_noticed(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        assert doctor_files.measure(folder)["error"] == f"cannot be made: {tmp_path / 'file'} is a file"
+    assert doctor_files.measure(tmp_path / "new/folder")["error"] is None
+
+
 def test_a_lock_that_does_not_hold_is_noticed(tmp_path):
     (tmp_path / "small0").touch()
     for name in ("flock", "lockf"):
