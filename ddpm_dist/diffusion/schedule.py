@@ -68,7 +68,9 @@ class Schedule:
         if self.noise == "uniform" and self.schedule != "mixing":
             raise ValueError("noise 'uniform' needs schedule 'mixing': the other schedules are made for Gaussian noise")
         if not bool((self.spread > 0).all()):
-            raise ValueError(f"the first betas are so small that x_{int((self.spread <= 0).nonzero()[0])} holds no noise: raise them")
+            raise ValueError(
+                f"the first betas are so small that x_{int((self.spread <= 0).nonzero()[0])} holds no noise: raise them"
+            )
         if self.timesteps > 1 and not bool((self.signal[:-1] > 0).all()):
             raise ValueError(
                 f"the betas are so large that nothing of the image is left in x_{int((self.signal[:-1] <= 0).nonzero()[0])} and "
