@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,10 +41,10 @@ def read_state_dict(path: str | Path, key: str | None = None) -> dict[str, Tenso
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        held = re.search(r"GLOBAL ([\w.]+)", str(error))  # the rest of the message advises to trust the file
         raise UserError(
-            f"{path} is no state dict, or holds more than tensors, which is not read because it could run code "
-            f"({reason[:200]}): save the network's state_dict() alone"
+            f"{path} is no state dict, or holds more than tensors{f' ({held[1]})' if held else ''}, which is not read "
+            "because it could run code: save the network's state_dict() alone"
         ) from None
     except (
         RuntimeError,
@@ -55,7 +56,9 @@ def read_state_dict(path: str | Path, key: str | None = None) -> dict[str, Tenso
         UnicodeDecodeError,
         NotImplementedError,
     ) as error:
-        raise UserError(f"{path} is damaged or no torch.save file: {str(error)[:200]}") from None
+        raise UserError(
+            f"{path} is damaged or no torch.save file ({type(error).__name__}: {str(error).strip()[:200]})"
+        ) from None
     try:
         tensors = _strip_prefixes(_open_wrapper(content, key, str(path)))
     except RecursionError:

@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="continue a run although its data has changed (it is recorded)",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example optim.lr=2e-4")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may stand before, between and behind the options
 
 
 @exit_codes

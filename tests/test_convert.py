@@ -2,6 +2,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +131,14 @@ def test_a_wrong_file_is_refused_with_the_difference(tmp_path, state, capsys, ki
     assert message in error
     assert error.startswith("error: ")
     assert os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+def test_an_object_in_the_file_is_named_without_advice_to_trust_it(tmp_path, state, capsys):
+    torch.save({**state, "epoch": Path("7")}, tmp_path / "ckpt.pt")
+    assert run(tmp_path / "ckpt.pt", tmp_path / "w.safetensors") == 2
+    error = capsys.readouterr().err
+    assert "holds more than tensors (pathlib." in error and "save the network's state_dict() alone" in error
+    assert "weights_only" not in error and "trust" not in error
 
 
 def test_labelled_weights_are_not_taken_for_unlabelled_ones(tmp_path, state, capsys):

@@ -83,6 +83,8 @@ def test_images_do_not_depend_on_how_they_are_cut():
     assert torch.equal(whole, torch.cat(parts))
     assert torch.equal(whole[3:], sample(network, labels[3:], schedule=schedule, seed=1, first=3))
     assert not torch.allclose(whole, sample(network, labels, schedule=schedule, seed=2))
+    assert torch.equal(whole, sample(network, labels.tolist(), schedule=schedule, seed=1))
+    assert sample(network, [], schedule=schedule).shape == (0, 2, 4, 4)
 
 
 def test_one_step_predicts_x0():
@@ -226,7 +228,8 @@ def test_clipping_keeps_every_implied_image_in_range():
     [
         {"thresholding": "x"}, {"steps": 11}, {"steps": 0}, {"sampler": "x"}, {"variance": "x"}, {"count": None},
         {"percentile": 0.0}, {"guidance": -1.0}, {"guidance_rescale": 2.0}, {"guidance_interval": (5, 4)}, {"eta": -1.0},
-        {"guidance_interval": (5, 10)}, {"seed": 2**64}, {"seed": -(2**63) - 1},
+        {"guidance_interval": (5, 10)}, {"seed": 2**64}, {"seed": -(2**63) - 1}, {"steps": 2.5}, {"steps": True},
+        {"guidance_interval": (5,)}, {"labels": [0.5]}, {"labels": [[1]]},
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(wrong):

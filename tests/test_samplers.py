@@ -239,6 +239,7 @@ def test_any_number_of_steps_falls_through_distinct_timesteps(steps, spacing):
         ({"sampler": "euler"}, "unknown sampler 'euler'"),
         ({"sampler": "mixing"}, "'mixing' is for schedule 'mixing' only"),
         ({"steps": 1001}, "steps must lie in 1..1000"),
+        ({"steps": 2.5}, "a whole number, not 2.5"),
         ({"spacing": "odd"}, "unknown spacing"),
         ({"variance": 1.5}, "unknown variance"),
         ({"eta": 2.0}, "eta must lie in 0..1"),

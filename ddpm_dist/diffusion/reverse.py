@@ -250,7 +250,9 @@ def check_options(
         raise ValueError(f"guidance must be a number of at least 0, not {guidance}")
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale must lie in 0..1, not {guidance_rescale}")
-    if guidance_interval is not None and not 0 <= guidance_interval[0] <= guidance_interval[1]:
+    if guidance_interval is not None and not (
+        len(guidance_interval) == 2 and 0 <= guidance_interval[0] <= guidance_interval[1]
+    ):
         raise ValueError(f"guidance_interval must be two timesteps, the lower one first, not {list(guidance_interval)}")
 
 

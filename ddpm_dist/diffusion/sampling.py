@@ -51,11 +51,19 @@ def sample(
         device = device_of(network)
     if shape is None:
         shape = (network.in_channels, network.image_size, network.image_size)
+    if labels is not None:
+        labels = torch.as_tensor(labels)
+        if labels.dim() != 1 or (labels.is_floating_point() and len(labels)):
+            raise ValueError(
+                f"labels must be whole numbers, one for each image, not {labels.dtype} {tuple(labels.shape)}"
+            )
     if indices is None:
         size = len(labels) if labels is not None else count
         if size is None:
             raise ValueError("say how many images: labels, count or indices")
         indices = torch.arange(first, first + size)
+    if len(indices) == 0:
+        return torch.empty(0, *shape, device=device)
     process = ReverseProcess(
         network, schedule, (len(indices), *shape), labelled=labels is not None, device=device, value_range=value_range,
         **options,

@@ -55,8 +55,8 @@ def timesteps(schedule: Schedule, steps: int | None, spacing: str = "linspace") 
     count = last - first + 1
     if steps is None or steps == count:
         return torch.arange(last, first - 1, -1)
-    if not 1 <= steps <= count:
-        raise ValueError(f"steps must lie in 1..{count}, not {steps}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= count:
+        raise ValueError(f"steps must lie in 1..{count}, a whole number, not {steps!r}")
     if spacing == "leading":
         return first + torch.arange(steps - 1, -1, -1) * (count // steps)
     if spacing == "trailing":

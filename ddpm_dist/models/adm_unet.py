@@ -170,10 +170,7 @@ class AdmUnet(nn.Module):
         checks.check_image(x, 2 ** (self.levels - 1))
         emb = self.time(sinusoidal_embedding(t, self.width).to(x.dtype))
         if self.num_classes is not None:
-            if y is None:
-                y = torch.full_like(t, -1)
-            checks.check_labels(y, self.num_classes)
-            emb = emb + self.label_emb(y)
+            emb = self.label_emb.added(emb, y)
         emb = F.silu(emb).to(x.dtype)
 
         h = self.stem(x)
@@ -207,16 +204,11 @@ def check_keywords(
     head_channels: Any,
 ) -> None:
     """Raise UserError naming the keyword whose value cannot be built."""
-    checks.check_counts(
-        in_channels=in_channels, width=width, image_size=image_size, blocks=blocks, head_channels=head_channels
-    )
-    if num_classes is not None:
-        checks.check_counts(num_classes=num_classes)
+    checks.check_counts(blocks=blocks, head_channels=head_channels)
+    checks.check_pyramid(in_channels, width, channel_mults, image_size, num_classes)
     if width % 2:
         raise UserError(f"model.width must be even (half sines, half cosines of the time), not {width}")
-    checks.check_mults(channel_mults)
     deepest = len(channel_mults) - 1
-    checks.check_halvings(image_size, deepest, f"the {deepest} halvings of model.channel_mults={list(channel_mults)}")
     checks.check_levels(attention_levels, deepest)
     checks.check_dropout(dropout)
     for level in {*attention_levels, deepest}:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm_dist.models import checks
+
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     """Embed timesteps ``t`` (B,) as (B, dim) float32: sines in the first half, cosines in the second.
@@ -44,6 +46,13 @@ class LabelEmbedding(nn.Embedding):
         one_hot = labels[:, None] == torch.arange(self.num_embeddings, device=labels.device)
         with without_autocast(labels.device.type):
             return one_hot.to(self.weight.dtype) @ self.weight
+
+    def added(self, emb: Tensor, y: Tensor | None) -> Tensor:
+        """emb (B, embedding_dim) plus the rows of labels y (B,) int64, None = all dropped. UserError for unknown labels."""
+        if y is None:
+            y = torch.full(emb.shape[:1], -1, dtype=torch.int64, device=emb.device)
+        checks.check_labels(y, self.num_embeddings)
+        return emb + self(y)
 
 
 class Float32Linear(nn.Linear):

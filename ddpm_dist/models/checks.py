@@ -33,6 +33,17 @@ def check_halvings(image_size: int, halvings: int, reason: str) -> None:
         raise UserError(f"image size {image_size} is not divisible by {divisor}, as {reason} need: use {nearest}")
 
 
+def check_pyramid(
+    in_channels: Any, width: Any, channel_mults: Any, image_size: Any, num_classes: Any | None = None
+) -> None:
+    """For a network with ``width * channel_mults[l]`` channels at level l, where a level halves the image of the one above."""
+    checked = {"in_channels": in_channels, "width": width, "image_size": image_size}
+    check_counts(**checked, **({} if num_classes is None else {"num_classes": num_classes}))
+    check_mults(channel_mults)
+    halvings = len(channel_mults) - 1
+    check_halvings(image_size, halvings, f"the {halvings} halvings of model.channel_mults={list(channel_mults)}")
+
+
 def check_levels(attention_levels: Any, levels: int, none: str | None = None) -> None:
     """attention_levels must be a list of levels 0 .. levels; ``none`` says what null means where it is allowed."""
     if attention_levels is None and none is not None:
@@ -42,8 +53,8 @@ def check_levels(attention_levels: Any, levels: int, none: str | None = None) ->
     ):
         or_null = f" or null for {none}" if none is not None else ""
         raise UserError(
-            f"model.attention_levels must be a list of levels 0 .. {levels} (0 = full resolution){or_null}, not "
-            f"{attention_levels!r}"
+            f"model.attention_levels must be a list of levels 0 .. {levels} (0 = full resolution, as many levels as "
+            f"model.channel_mults has entries){or_null}, not {attention_levels!r}"
         )
 
 

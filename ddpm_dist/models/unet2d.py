@@ -41,11 +41,9 @@ def unet2d(
     Raises UserError for keywords that do not fit, and where diffusers is not installed.
     """
     checks.refuse_labels("unet2d", num_classes, ["context_unet", "unet_conditional", "adm_unet"])
-    checks.check_counts(in_channels=in_channels, width=width, image_size=image_size, layers_per_block=layers_per_block)
-    checks.check_mults(channel_mults)
+    checks.check_counts(layers_per_block=layers_per_block)
+    checks.check_pyramid(in_channels, width, channel_mults, image_size)
     halvings = len(channel_mults) - 1
-    reason = f"the {halvings} halvings of model.channel_mults={list(channel_mults)}"
-    checks.check_halvings(image_size, halvings, reason)
     checks.check_levels(attention_levels, halvings)
     channels = [width * mult for mult in channel_mults]
     if any(count % _GROUPS for count in channels):

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ddpm_dist.errors import UserError
@@ -95,10 +94,7 @@ class UnetConditional(nn.Module):
         checks.check_image(x, 2**self.levels)
         emb = sinusoidal_embedding(t, self.embedding_dim)
         if self.num_classes is not None:
-            if y is None:
-                y = torch.full_like(t, -1)
-            checks.check_labels(y, self.num_classes)
-            emb = emb + self.label_emb(y)
+            emb = self.label_emb.added(emb, y)
         emb = emb.to(x.dtype)
 
         skips = [self.inc(x)]
@@ -126,16 +122,11 @@ def check_keywords(
     heads: Any,
 ) -> None:
     """Raise UserError naming the keyword whose value cannot be built."""
-    checks.check_counts(
-        in_channels=in_channels, width=width, image_size=image_size, embedding_dim=embedding_dim, heads=heads
-    )
-    if num_classes is not None:
-        checks.check_counts(num_classes=num_classes)
+    checks.check_counts(embedding_dim=embedding_dim, heads=heads)
+    checks.check_pyramid(in_channels, width, channel_mults, image_size, num_classes)
     if embedding_dim % 2:
         raise UserError(f"model.embedding_dim must be even (half sines, half cosines), not {embedding_dim}")
-    checks.check_mults(channel_mults)
     levels = len(channel_mults) - 1
-    checks.check_halvings(image_size, levels, f"the {levels} halvings of model.channel_mults={list(channel_mults)}")
     checks.check_levels(attention_levels, levels, none="all")
     channels = [width * mult for mult in channel_mults]
     for level in range(levels + 1) if attention_levels is None else attention_levels:
