@@ -9,6 +9,7 @@ for guidance, ``scheduler.step``.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Sampling:
+class Sampling(ABC):
     """A way to make one batch of images, a step (one visited timestep with all its forward passes) at a time.
 
     ``evaluations``: steps of a whole run. ``x``: (B, C, H, W), the images so far.
@@ -38,13 +39,13 @@ class Sampling:
     evaluations: int
     x: Tensor
 
+    @abstractmethod
     def start(self) -> None:
         """Begin a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self) -> None:
         """The next step; after the last one :meth:`start` has to come."""
-        raise NotImplementedError
 
     def whole(self) -> Tensor:
         """A whole run: (B, C, H, W) images."""

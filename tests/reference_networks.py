@@ -1,7 +1,7 @@
 """Plain versions of the networks of the small programs that ours come from, for tests to compare with.
 
 Nothing here is shared with ddpm_dist: torch's own layers, each formula written out, one size. Tensor names are those of the
-programs' checkpoints. (That of unet_conditional is ``benchmarks.reference.ReferenceUNet``.)
+programs' checkpoints. (That of unet_conditional is ``benchmarks.reference.ReferenceUNet``, that of unet2d a network of diffusers.)
 """
 
 import math
@@ -178,6 +178,21 @@ class ReferenceContextUnet(nn.Module):
         h = spread(self.contextembed2, context) * h + spread(self.timeembed2, time)
         h = self.up2(torch.cat([h, half], dim=1))
         return self.out(torch.cat([h, full], dim=1))
+
+
+def reference_unet2d() -> nn.Module:
+    """The network of diffusers that unet2d is, with initial weights. 1,707,009 parameters."""
+    import diffusers
+
+    return diffusers.UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=2,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
 
 
 def schedule_tables(last: int = 400, first_beta: float = 1e-4, last_beta: float = 0.02) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import environment, lines
+from engine_runs import ENGINES, several
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -205,32 +206,6 @@ SMALL = [
     "train.audit_params_every=1", "tracking.mlflow=false", "checkpoint.every=1_000_000_000", "ema.half_lives=[100]",
     "optim.decay_images=96", "optim.warmup=0", "optim.lr=1e-3",
 ]  # fmt: skip
-ENGINES = {
-    "ddp": [],
-    **{f"zero{stage}": ["engine.name=deepspeed", f"engine.zero_stage={stage}"] for stage in (0, 2, 3)},
-}
-POISON = """
-import os, runpy
-from ddpm_dist.diffusion import objective
-good, calls = objective.mse_per_image, [0]
-def bad(prediction, target):
-    calls[0] += 1
-    loss = good(prediction, target)
-    # Of every run's five steps the third, on rank 1 only, behind all statistics.
-    return loss * float("nan") if calls[0] % 5 == 3 and os.environ["RANK"] == "1" else loss
-objective.mse_per_image = bad
-runpy.run_path(os.environ["SEVERAL_RUNS"], run_name="__main__")
-"""
-
-
-def several(folder: Path, *jobs: tuple[int, list[list[str]]], script: Path = ROOT / "several_runs.py") -> None:
-    listed = folder / "jobs.json"
-    listed.write_text(json.dumps([{"ranks": ranks, "runs": runs} for ranks, runs in jobs]))
-    done = subprocess.run(
-        [sys.executable, str(script), str(listed)], env=environment(SEVERAL_RUNS=str(ROOT / "several_runs.py")),
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
 def buffers(run: Path) -> dict[str, torch.Tensor]:
@@ -244,7 +219,7 @@ def test_a_run_with_batch_norm_is_exact_and_elastic(tmp_path):
     """1 = 2 = 3 = 4 ranks = every engine to 1e-6; 2 -> 1 -> 4 ranks over three engines; bitwise where nothing changes."""
 
     def run(name: str, images: int, engine: str = "ddp", *more: str) -> list[str]:
-        return [f"run.dir={tmp_path / name}", *SMALL, f"train.images={images}", *ENGINES[engine], *more]
+        return [f"run.dir={tmp_path / name}", f"train.images={images}", *ENGINES[engine], *more]
 
     several(
         tmp_path,
@@ -261,6 +236,7 @@ def test_a_run_with_batch_norm_is_exact_and_elastic(tmp_path):
         (1, [run("one", 96), run("cut", 36, "ddp", "train.micro_batch=6"), run("mixed", 60)]),
         (4, [run("mixed", 96, "zero2")]),
         (2, [run("again", 96), run("again3", 96, "zero3")]),
+        common=SMALL,
     )
     one = lines(tmp_path / "one/audit.jsonl")
     losses = [float.fromhex(line["loss"]) for line in one]
@@ -284,11 +260,10 @@ def test_a_run_with_batch_norm_is_exact_and_elastic(tmp_path):
 @pytest.mark.slow
 def test_a_skipped_step_leaves_the_statistics_alone(tmp_path):
     """Promise 15, buffers included: the loss of one rank is not finite although every statistic is."""
-    (tmp_path / "poison.py").write_text(POISON)
-    names = [*ENGINES, "pure"]
+    names = ["ddp", "zero0", "zero2", "zero3", "pure"]
     more = {"pure": ["engine.param_dtype=bf16", "train.precision=bf16", *ENGINES["zero2"]]}
-    runs = [[f"run.dir={tmp_path / name}", *SMALL, "train.images=60", *more.get(name, ENGINES.get(name))] for name in names]  # fmt: skip
-    several(tmp_path, (2, runs), script=tmp_path / "poison.py")
+    runs = [[f"run.dir={tmp_path / name}", "train.images=60", *more.get(name, ENGINES.get(name))] for name in names]  # fmt: skip
+    several(tmp_path, (2, runs), common=SMALL, script="poisoned_runs.py")
     for name in names:
         audit, metrics = lines(tmp_path / name / "audit.jsonl"), lines(tmp_path / name / "metrics.jsonl")
         assert [record["skipped_steps"] for record in metrics] == [0, 0, 1, 1, 1], name

@@ -15,6 +15,7 @@ from tests.reference_networks import (
     ReferenceContextUnet,
     ReferenceFilmUnet,
     randomise,
+    reference_unet2d,
     schedule_tables,
 )
 
@@ -234,17 +235,9 @@ def test_a_network_that_no_other_program_has_is_refused(tmp_path, context, capsy
 
 
 def test_weights_of_diffusers_are_taken_with_the_timestep_of_the_original_program(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    theirs = diffusers.UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=2,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    ).eval()
+    theirs = reference_unet2d()
     torch.save(theirs.state_dict(), tmp_path / "ckpt.pt")
     assert run(tmp_path / "ckpt.pt", tmp_path / "w.safetensors", "--model", "unet2d") == 0
     ours, diffusion = load_weights(tmp_path / "w.safetensors")

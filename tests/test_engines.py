@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, environment, lines, train
+from engine_runs import ENGINES, several
 
 from ddpm_dist.config import load_config
 from ddpm_dist.data.order import plan_batches
@@ -16,27 +17,8 @@ from ddpm_dist.engines import check_engine
 from ddpm_dist.errors import UserError
 
 ROOT = Path(__file__).parent
-ENGINES = {
-    "ddp": (),
-    **{f"zero{stage}": ("engine.name=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)},
-}
 NAMES = list(ENGINES)
 AUDIT = ("train.audit=true", "train.audit_params_every=1")
-
-
-def several(folder: Path, *jobs: tuple[int, list[list[str]]], script: Path = ROOT / "several_runs.py") -> None:
-    """Train jobs one after the other, each (ranks, runs) with runs as lists of overrides."""
-    listed = folder / "jobs.json"
-    listed.write_text(json.dumps([{"ranks": ranks, "runs": [[*TINY, *run] for run in runs]} for ranks, runs in jobs]))
-    done = subprocess.run(
-        [sys.executable, str(script), str(listed)],
-        env=environment(SEVERAL_RUNS=str(ROOT / "several_runs.py")),
-        capture_output=True,
-        text=True,
-        timeout=1100,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert f"finished {sum(len(runs) for _, runs in jobs)} runs" in done.stdout
 
 
 def loss(line: dict) -> float:
@@ -199,27 +181,12 @@ def test_compiled_engines_follow_eager_ones(tmp_path):
         assert_same_run(lines(tmp_path / "eager/audit.jsonl"), found, name, tolerance=1e-4)
 
 
-POISON = """
-import os, runpy, sys
-from ddpm_dist.diffusion import objective
-good, calls = objective.mse_per_image, [0]
-def bad(prediction, target):
-    calls[0] += 1
-    loss = good(prediction, target)
-    # Of every run's five steps the third, on rank 1 only.
-    return loss * float("nan") if calls[0] % 5 == 3 and os.environ["RANK"] == "1" else loss
-objective.mse_per_image = bad
-runpy.run_path(os.environ["SEVERAL_RUNS"], run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 def test_a_non_finite_loss_on_one_rank_is_applied_by_no_engine(tmp_path):
     """Promise 15: never applied, averaged or saved; the position goes on and the skip is counted."""
-    (tmp_path / "poison.py").write_text(POISON)
     common = ["data.source=synthetic", "train.images=60", *AUDIT]
     runs = [[f"run.dir={tmp_path / name}", *common, *ENGINES[name]] for name in NAMES]
-    several(tmp_path, (2, runs), script=tmp_path / "poison.py")
+    several(tmp_path, (2, runs), script="poisoned_runs.py")
     slots = [line["slots"] for line in lines(tmp_path / "ddp/audit.jsonl")]
     for name in NAMES:
         audit, metrics = lines(tmp_path / name / "audit.jsonl"), lines(tmp_path / name / "metrics.jsonl")

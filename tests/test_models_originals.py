@@ -8,7 +8,13 @@ import torch
 
 from ddpm_dist.errors import UserError
 from ddpm_dist.models import build_model, unet2d
-from tests.reference_networks import ReferenceBasicUnet, ReferenceContextUnet, ReferenceFilmUnet, randomise
+from tests.reference_networks import (
+    ReferenceBasicUnet,
+    ReferenceContextUnet,
+    ReferenceFilmUnet,
+    randomise,
+    reference_unet2d,
+)
 
 DATA = Path(__file__).parent / "data"
 
@@ -110,20 +116,12 @@ def test_context_unet_tells_neighbouring_timesteps_apart_under_autocast():
 
 @pytest.mark.parametrize("timestep", [None, 0])
 def test_unet2d_is_the_one_of_diffusers(timestep):
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     torch.manual_seed(3)
     network = build_model("unet2d", timestep=timestep).eval()
     assert sum(p.numel() for p in network.parameters()) == 1_707_009
     torch.manual_seed(3)
-    theirs = diffusers.UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=2,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    ).eval()
+    theirs = reference_unet2d()
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), theirs.parameters(), strict=True))
     assert list(network.state_dict()) == list(theirs.state_dict())
     x, t = torch.rand(2, 1, 28, 28), torch.tensor([3, 700])
