@@ -8,7 +8,7 @@ from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-_received = 0  # the stop signal that arrived last
+_received = 0  # of the stop signals that arrived, the one with the highest number
 _arrived: socket.socket | None = None  # the numbers of all signals, as they came
 
 
@@ -36,9 +36,10 @@ def stop_requested() -> bool:
 
 def _on_signal(number: int, frame: Any) -> None:
     global _received
-    _received = number
+    # What SLURM ends comes as SIGTERM, with a SIGUSR1 of our scripts right behind it; Python may see them in either order.
+    _received = max(_received, number)
 
 
 def received() -> int:
-    """The number of the stop signal that arrived last, 0 for none."""
+    """The number of the stop signal that arrived, 0 for none; of several SIGTERM before SIGUSR1 before SIGINT."""
     return _received

@@ -23,6 +23,17 @@ TINY = [
 ]  # fmt: skip
 
 
+# Files that take minutes. They are started first, so that no process is left alone with one of them at the end.
+LONG = (
+    "test_install", "test_engines", "test_reference_systems", "test_slurm_train", "test_training", "test_ema", "test_crashes",
+    "test_batch_norm", "test_launch_srun", "test_launch_deepspeed", "test_requeue",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def environment(**extra: str) -> dict[str, str]:
     """The environment of child processes: this checkout first, one thread each, no rank left over from a parent."""
     values = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}

@@ -29,6 +29,10 @@ def test_a_signal_during_the_slow_imports_is_kept():
         "import sys\n"
         "assert 'torch' not in sys.modules\n"
         "assert signals.stop_requested() and signals.received() == signal.SIGUSR1\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "assert signals.received() == signal.SIGUSR1\n"
+        "os.kill(os.getpid(), signal.SIGTERM)  # what SLURM sends says more than what our scripts send after it\n"
+        "assert signals.received() == signal.SIGTERM\n"
     )
     assert done.returncode == 0, done.stderr
 
