@@ -26,10 +26,11 @@ import torch
 
 from benchmarks.environment import environment
 from benchmarks.gan import Generator, generate, halvings, train_gan
-from benchmarks.report import grid
+from benchmarks.output import grid
 from ddpm_dist.config import Config, build_config, load_config
+from ddpm_dist.data.decoder import resolve_decoder
 from ddpm_dist.data.order import plan_batches
-from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches
+from ddpm_dist.data.pipeline import Loader, open_index, shard_batches
 from ddpm_dist.data.shards import Index
 from ddpm_dist.diffusion import sample, to_uint8
 from ddpm_dist.errors import UserError, exit_codes, in_words

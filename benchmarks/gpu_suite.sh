@@ -56,7 +56,7 @@ sampling() {
 }
 
 if [[ $parts == *" training "* ]]; then
-    step gpu_tests 150 "$python" -m pytest -q -m gpu --junitxml="$out/gpu_tests.xml" tests/test_gpu.py
+    step gpu_tests 150 "$python" -m pytest -q -m gpu --junitxml="$out/gpu_tests.xml" tests/test_gpu.py tests/test_gpu_data.py
     throughput train_b256 110 --batch 256 --repeats 5 --steps 15 --no-reference
     throughput train_b128_vs_reference 120 --batch 128 --repeats 5 --steps 8
     throughput train_b32 60 --batch 32 --repeats 5 --steps 30 --no-reference

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import check_target, write_report
+from benchmarks.output import check_target, write_report
 from benchmarks.scaling_table import markdown
 from ddpm_dist.errors import exit_codes
 
@@ -131,8 +131,9 @@ def measure_loader(images: int = 2_000, size: int = 64, batch: int = 64) -> dict
 
     from ddpm_dist import runtime as runtimes
     from ddpm_dist.config import load_config
+    from ddpm_dist.data.decoder import decode_threads
     from ddpm_dist.data.order import plan_batches
-    from ddpm_dist.data.pipeline import PREFETCH, Loader, decode_threads, open_index, shard_batches
+    from ddpm_dist.data.pipeline import PREFETCH, Loader, open_index, shard_batches
     from ddpm_dist.pack import pack
 
     with tempfile.TemporaryDirectory(prefix="scaling_loader_") as folder:

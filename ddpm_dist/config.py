@@ -78,7 +78,8 @@ class Data(Section):
     crop: Literal["none", "center", "random_resized"] = "none"
     crop_scale: list[float] = Field([0.8, 1.0], min_length=2, max_length=2)  # share of the area, random_resized
     decoder: Literal["auto", "cpu", "mixed"] = "auto"
-    cache: Literal["none"] = "none"
+    cache: Literal["auto", "gpu", "host", "none"] = "auto"  # the decoded images, where they fit; see data/cache.py
+    cache_gb: float | None = Field(None, gt=0)  # bytes that they may take, per rank; null: auto takes a tenth of a GPU
     cache_dir: str | None = None
     on_bad: Literal["stop"] = "stop"
 

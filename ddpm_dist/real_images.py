@@ -10,8 +10,9 @@ import torch
 
 from ddpm_dist.config import Data
 from ddpm_dist.data import augment
+from ddpm_dist.data.decoder import Decoder
 from ddpm_dist.data.order import permutation
-from ddpm_dist.data.pipeline import Decoder, open_index
+from ddpm_dist.data.pipeline import open_index
 from ddpm_dist.data.shards import Index
 from ddpm_dist.errors import UserError
 

@@ -17,8 +17,10 @@ from ddpm_dist.checkpoint.format import Damaged, Piece
 from ddpm_dist.checkpoint.snapshots import Snapshots
 from ddpm_dist.config import Config
 from ddpm_dist.continuation import check_nothing_lost, check_same_data, check_same_run
+from ddpm_dist.data.cache import bytes_of, choose_place
+from ddpm_dist.data.decoder import resolve_decoder
 from ddpm_dist.data.order import plan_batches
-from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches, synthetic_batches
+from ddpm_dist.data.pipeline import Loader, open_index, shard_batches, synthetic_batches
 from ddpm_dist.data.shards import Index
 from ddpm_dist.engines import check_engine
 from ddpm_dist.errors import OK, REQUEUE, RunFailed, UserError, in_words
@@ -329,13 +331,34 @@ class Trainer:
         config, steps = self.config, range(self.completed, self.total_steps)
         if self.index is not None:
             batches = shard_batches(
-                self.index, config.data, self.plan, self.runtime, config.run.seed, steps, self.decoder
+                self.index,
+                config.data,
+                self.plan,
+                self.runtime,
+                config.run.seed,
+                steps,
+                self.decoder,
+                self._cache(steps),
             )
         else:
             batches = synthetic_batches(config.data, self.plan, self.runtime, config.run.seed, steps)
         loader = Loader(batches, self.runtime.device)
         self.records.begin_interval(self.completed, loader)
         return loader
+
+    def _cache(self, steps: range) -> str:
+        """Where the decoded images are kept: "gpu", "host" or "none"."""
+        data, runtime = self.config.data, self.runtime
+        left = len(steps) * self.plan.global_batch
+        place = runtime.together(
+            lambda: choose_place(self.index, data, runtime.device, self.decoder, left, runtime.world_size)
+        )
+        if place != "none":
+            where = "the GPU" if place == "gpu" else "memory"
+            self._say(
+                f"data: {len(self.index):,} images decoded once into {where}, {bytes_of(self.index, data) / 1e9:.2f} GB"
+            )
+        return place
 
     def _close(self, status: str) -> None:
         self.records.close(status, abandon=self.taken_over() is not None)

@@ -13,8 +13,9 @@ from PIL import Image
 from ddpm_dist import runtime as runtimes
 from ddpm_dist.config import Data
 from ddpm_dist.data import augment
+from ddpm_dist.data.decoder import resolve_decoder
 from ddpm_dist.data.order import plan_batches
-from ddpm_dist.data.pipeline import Loader, open_index, resolve_decoder, shard_batches, synthetic_batches
+from ddpm_dist.data.pipeline import Loader, open_index, shard_batches, synthetic_batches
 from ddpm_dist.data.shards import Index
 from ddpm_dist.errors import UserError
 from ddpm_dist.pack import pack

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from torch import Tensor
 from ddpm_dist import philox
 from ddpm_dist.config import Data
 from ddpm_dist.data import augment
+from ddpm_dist.data.cache import Cache
+from ddpm_dist.data.decoder import Decoder
 from ddpm_dist.data.order import BatchPlan, SampleOrder
 from ddpm_dist.data.shards import Index
 from ddpm_dist.errors import UserError
@@ -129,53 +132,71 @@ def open_index(settings: Data, pack_hint: str) -> Index:
     return index
 
 
-def resolve_decoder(decoder: str, device: torch.device) -> str:
-    """ "auto" is "mixed" (GPU) on a GPU and "cpu" without one. UserError where "mixed" cannot run."""
-    if decoder == "auto":
-        return "mixed" if device.type == "cuda" else "cpu"
-    if decoder == "mixed" and device.type != "cuda":
-        raise UserError(
-            "data.decoder=mixed decodes on a GPU and there is none (a run that started with it needs one: cpu and GPU "
-            "decoding differ in pixels); set data.decoder=cpu for a new run"
-        )
-    return decoder
-
-
 def shard_batches(
-    index: Index, settings: Data, plan: BatchPlan, runtime: Runtime, seed: int, steps: range, decoder: str
+    index: Index,
+    settings: Data,
+    plan: BatchPlan,
+    runtime: Runtime,
+    seed: int,
+    steps: range,
+    decoder: str,
+    cache: str = "none",
 ) -> Iterator[MicroBatch]:
-    """Micro-batches of this rank for ``steps`` (counted from 0), decoded by DALI."""
+    """Micro-batches of this rank for ``steps`` (counted from 0), decoded by DALI; cache: see ``cache.choose_place``."""
     order = SampleOrder(len(index.samples), seed)
-    decode = Decoder(index, settings, plan.micro_batch, runtime.device, decoder)
+    wanted = (
+        (step, slots, *order.locate(step * plan.global_batch + slots))
+        for step in steps
+        for slots in (plan.slots(runtime.rank, micro) for micro in range(plan.accumulation))
+    )
     with ThreadPoolExecutor(_READERS, thread_name_prefix="reader") as pool:
+        if cache != "none":
+            kept = Cache(
+                index, settings, plan.micro_batch, runtime.device, decoder, cache, partial(_files, index, pool)
+            )
+            for step, slots, epochs, ids in wanted:
+                yield MicroBatch(step, slots, ids, *kept(ids, *_treatment(index, settings, seed, epochs, ids)))
+            return
+        decode = Decoder(index, settings, plan.micro_batch, runtime.device, decoder)
         pending: list[tuple] = []
-        for step in steps:
-            for micro in range(plan.accumulation):
-                slots = plan.slots(runtime.rank, micro)
-                epochs, ids = order.locate(step * plan.global_batch + slots)
-                parts = np.array_split(ids, min(_READERS, len(ids)))
-                pending.append((step, slots, epochs, ids, [pool.submit(_read, index, part) for part in parts]))
-                if len(pending) == 2:  # the bytes of the next micro-batch are on their way while this one is decoded
-                    yield _finish(pending.pop(0), index, settings, decode, seed)
+
+        def finish(
+            step: int, slots: np.ndarray, epochs: np.ndarray, ids: np.ndarray, parts: list[Future]
+        ) -> MicroBatch:
+            files = [data for part in parts for data in _result(part)]
+            return MicroBatch(step, slots, ids, *decode(ids, files, *_treatment(index, settings, seed, epochs, ids)))
+
+        for step, slots, epochs, ids in wanted:
+            pending.append((step, slots, epochs, ids, _reading(index, pool, ids)))
+            if len(pending) == 2:  # the bytes of the next micro-batch are on their way while this one is decoded
+                yield finish(*pending.pop(0))
         for item in pending:
-            yield _finish(item, index, settings, decode, seed)
+            yield finish(*item)
+
+
+def _reading(index: Index, pool: ThreadPoolExecutor, ids: np.ndarray) -> list[Future]:
+    return [pool.submit(_read, index, part) for part in np.array_split(ids, min(_READERS, len(ids)))]
+
+
+def _files(index: Index, pool: ThreadPoolExecutor, ids: np.ndarray) -> list[np.ndarray]:
+    return [data for part in _reading(index, pool, ids) for data in _result(part)]
 
 
 def _read(index: Index, ids: np.ndarray) -> list[np.ndarray]:
     return [np.frombuffer(index.read(int(sample)), dtype=np.uint8) for sample in ids]
 
 
-def _finish(item: tuple, index: Index, settings: Data, decode: Decoder, seed: int) -> MicroBatch:
-    step, slots, epochs, ids, parts = item
-    encoded = [data for part in parts for data in _result(part)]
+def _treatment(
+    index: Index, settings: Data, seed: int, epochs: np.ndarray, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is done to each image: its window (B, 4), whether it is mirrored (B,), and its label (B,) int64."""
     rows = index.samples[ids]
     random = settings.flip or settings.crop == "random_resized"
     uniform = augment.draws(seed, epochs, ids, augment.DRAWS) if random else None
     windows = augment.windows(settings.crop, settings.crop_scale, rows["height"], rows["width"], uniform)
     mirror = (uniform[:, -1] < 0.5) if settings.flip else np.zeros(len(ids), dtype=bool)
     labels = rows["label"] if settings.num_classes is not None else np.full(len(ids), -1)
-    pixels, labels, ready = decode(ids, encoded, windows, mirror, labels.astype(np.int64))
-    return MicroBatch(step, slots, ids, pixels, labels, ready)
+    return windows, mirror, labels.astype(np.int64)
 
 
 def _result(future: Future) -> list[np.ndarray]:
@@ -184,112 +205,6 @@ def _result(future: Future) -> list[np.ndarray]:
     except UserError as error:
         error.one_rank = True  # the other ranks read other samples
         raise
-
-
-class Decoder:
-    """One DALI pipeline of fixed batch size, fed from outside."""
-
-    def __init__(self, index: Index, settings: Data, batch: int, device: torch.device, decoder: str) -> None:
-        try:
-            from nvidia.dali import fn, pipeline_def, types
-        except ImportError as error:
-            raise UserError(
-                f"NVIDIA DALI cannot be imported ({error}): install it with pip install 'ddpm_dist[cuda13]' (or cuda12), "
-                "or use data.source=synthetic for a benchmark"
-            ) from None
-        self._index, self._device, self._batch = index, device, batch
-        size, grey = settings.image_size, settings.channels == 1
-        rows = index.samples
-        whole = (
-            bool((rows["height"] == size).all() and (rows["width"] == size).all()) and settings.crop != "random_resized"
-        )
-        on_gpu = decoder == "mixed"
-
-        @pipeline_def(
-            batch_size=batch,
-            num_threads=decode_threads(),
-            device_id=device.index if on_gpu else None,
-            prefetch_queue_depth=1,
-        )
-        def graph():
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            # The index holds the size before any EXIF rotation, and windows are cut from that.
-            images = fn.decoders.image(
-                encoded, device=decoder, output_type=types.GRAY if grey else types.RGB, adjust_orientation=False
-            )
-            if not whole:
-                start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-                shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-                images = fn.slice(images, start=start, shape=shape, axes=(0, 1))
-                images = fn.resize(images, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
-            if settings.flip:
-                mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
-                images = fn.flip(images, horizontal=mirror)
-            return images
-
-        self._whole, self._flip = whole, settings.flip
-        self._shape = (batch, size, size, settings.channels)
-        self._pipe = graph()
-        self._pipe.build()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._on_gpu = on_gpu
-
-    def __call__(self, ids, encoded, windows, mirror, labels) -> tuple[Tensor, Tensor, Any]:
-        self._pipe.feed_input("encoded", encoded)
-        if not self._whole:
-            self._pipe.feed_input("start", np.ascontiguousarray(windows[:, :2]))
-            self._pipe.feed_input("shape", np.ascontiguousarray(windows[:, 2:]))
-        if self._flip:
-            self._pipe.feed_input("mirror", mirror.astype(np.int32))
-        try:
-            (images,) = self._pipe.run()
-        except RuntimeError as error:
-            raise self._blame(ids, encoded, error) from None
-        labels = torch.from_numpy(labels)
-        if self._stream is None:
-            pixels = torch.from_numpy(np.array(images.as_array()))
-            return pixels.permute(0, 3, 1, 2), labels, None
-        with torch.cuda.stream(self._stream):
-            if self._on_gpu:
-                from nvidia.dali.plugin.pytorch import feed_ndarray
-
-                pixels = torch.empty(self._shape, dtype=torch.uint8, device=self._device)
-                feed_ndarray(images.as_tensor(), pixels, cuda_stream=self._stream)
-                self._stream.synchronize()  # in this thread only: DALI reuses its buffer for the next batch
-            else:
-                host = torch.from_numpy(np.array(images.as_array())).pin_memory()
-                pixels = host.to(self._device, non_blocking=True)
-            labels = labels.pin_memory().to(self._device, non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record(self._stream)
-        return pixels.permute(0, 3, 1, 2), labels, ready
-
-    def _blame(self, ids: np.ndarray, encoded: list[np.ndarray], error: RuntimeError) -> BaseException:
-        """DALI does not say which image of a batch it could not decode: try them one by one."""
-        from nvidia.dali import fn, pipeline_def
-
-        @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-        def single():
-            return fn.decoders.image(fn.external_source(name="encoded", ndim=1), device="cpu")
-
-        pipe = single()
-        for sample, data in zip(ids, encoded, strict=True):
-            try:
-                pipe.feed_input("encoded", [data])
-                pipe.run()
-            except RuntimeError:
-                found = UserError(
-                    f"{self._index.describe(int(sample))} cannot be decoded; repair or remove it and pack again"
-                )
-                found.one_rank = True
-                return found
-        return error
-
-
-def decode_threads() -> int:
-    """DALI threads of this process: the cores of the machine shared by its ranks, four at the most."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 SYNTHETIC_SAMPLES = 50_000

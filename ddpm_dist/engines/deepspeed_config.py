@@ -6,7 +6,6 @@ import difflib
 import importlib
 import importlib.util
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.config_files import merge
 from ddpm_dist.data.order import BatchPlan
 from ddpm_dist.errors import UserError
+from ddpm_dist.host_memory import free_host_memory
 from ddpm_dist.runtime import Runtime
 
 # Options that follow from keys of ours; both would otherwise claim to decide.
@@ -250,24 +250,3 @@ def _check_host_memory(count: int, runtime: Runtime) -> None:
             f"({local} of {runtime.world_size} ranks are here), {free / 2**30:.1f} GiB are free: use more nodes, a smaller "
             "model, or engine.offload_optimizer=false"
         )
-
-
-def free_host_memory() -> int | None:
-    """Bytes that this process may still use: what the system has, or what is left of its cgroup's limit. None: unknown."""
-    limits = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-    except OSError:
-        pass
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            whole = int((Path("/sys/fs/cgroup") / limit).read_text())
-            limits.append(whole - int((Path("/sys/fs/cgroup") / used).read_text()))
-        except (OSError, ValueError):  # no cgroup, or no limit ("max")
-            continue
-    return min(limits) if limits else None

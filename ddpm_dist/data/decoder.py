@@ -1,0 +1,184 @@
+"""Encoded images to pixels of the training size, through DALI: decode, cut, resize, mirror."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_dist.config import Data
+from ddpm_dist.data.shards import Index
+from ddpm_dist.errors import UserError
+
+
+def resolve_decoder(decoder: str, device: torch.device) -> str:
+    """ "auto" is "mixed" (GPU) on a GPU and "cpu" without one. UserError where "mixed" cannot run."""
+    if decoder == "auto":
+        return "mixed" if device.type == "cuda" else "cpu"
+    if decoder == "mixed" and device.type != "cuda":
+        raise UserError(
+            "data.decoder=mixed decodes on a GPU and there is none (a run that started with it needs one: cpu and GPU "
+            "decoding differ in pixels); set data.decoder=cpu for a new run"
+        )
+    return decoder
+
+
+def is_whole(index: Index, settings: Data) -> bool:
+    """Whether every image already has the training size, so that nothing is cut or resized."""
+    rows, size = index.samples, settings.image_size
+    return bool((rows["height"] == size).all() and (rows["width"] == size).all()) and settings.crop != "random_resized"
+
+
+class Decoder:
+    """One DALI pipeline of fixed batch size, fed from outside.
+
+    decoder: "cpu" or "mixed". decoded: it is fed with the pixels of whole images instead of their files; what follows is the same.
+    only_decode: the other half, whole images as they are.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        settings: Data,
+        batch: int,
+        device: torch.device,
+        decoder: str,
+        decoded: bool = False,
+        only_decode: bool = False,
+    ) -> None:
+        try:
+            from nvidia.dali import fn, pipeline_def, types
+        except ImportError as error:
+            raise UserError(
+                f"NVIDIA DALI cannot be imported ({error}): install it with pip install 'ddpm_dist[cuda13]' (or cuda12), "
+                "or use data.source=synthetic for a benchmark"
+            ) from None
+        self._index, self._device, self._batch = index, device, batch
+        size, grey = settings.image_size, settings.channels == 1
+        whole = only_decode or is_whole(index, settings)
+        flip = settings.flip and not only_decode
+        on_gpu = decoder == "mixed"
+
+        @pipeline_def(
+            batch_size=batch,
+            num_threads=decode_threads(),
+            device_id=device.index if on_gpu else None,
+            prefetch_queue_depth=1,
+        )
+        def graph():
+            if decoded:
+                place = "gpu" if on_gpu else "cpu"
+                images = fn.external_source(name="images", device=place, dtype=types.UINT8, ndim=3, layout="HWC")
+            else:
+                encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
+                # The index holds the size before any EXIF rotation, and windows are cut from that.
+                images = fn.decoders.image(
+                    encoded, device=decoder, output_type=types.GRAY if grey else types.RGB, adjust_orientation=False
+                )
+            if not whole:
+                start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
+                shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+                images = fn.slice(images, start=start, shape=shape, axes=(0, 1))
+                images = fn.resize(images, size=(size, size), interp_type=types.INTERP_LINEAR, antialias=True)
+            if flip:
+                mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
+                images = fn.flip(images, horizontal=mirror)
+            return images
+
+        self._whole, self._flip, self._decoded = whole, flip, decoded
+        self._shape = (batch, size, size, settings.channels)
+        self._pipe = graph()
+        self._pipe.build()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._on_gpu = on_gpu
+
+    def __call__(
+        self, ids: np.ndarray, images: Sequence[Any], windows: np.ndarray, mirror: np.ndarray, labels: np.ndarray
+    ) -> tuple[Tensor, Tensor, Any]:
+        """(pixels (B, C, H, W) uint8, labels (B,) int64, CUDA event of both) on the device, for B images of the batch size.
+
+        images: files as uint8 arrays, or with ``decoded`` (H, W, C) uint8 arrays or tensors; windows: (B, 4) int32; mirror: (B,) bool.
+        """
+        output = self._run(ids, images, windows, mirror)
+        labels = torch.from_numpy(labels)
+        if self._stream is None:
+            pixels = torch.from_numpy(np.array(output.as_array()))
+            return pixels.permute(0, 3, 1, 2), labels, None
+        with torch.cuda.stream(self._stream):
+            if self._on_gpu:
+                pixels = torch.empty(self._shape, dtype=torch.uint8, device=self._device)
+                self._take(output.as_tensor(), pixels)
+            else:
+                host = torch.from_numpy(np.array(output.as_array())).pin_memory()
+                pixels = host.to(self._device, non_blocking=True)
+            labels = labels.pin_memory().to(self._device, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record(self._stream)
+        return pixels.permute(0, 3, 1, 2), labels, ready
+
+    def whole_images(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> list[Tensor]:
+        """With ``only_decode``: each image as it is, (H, W, C) uint8, on the GPU where it is decoded there."""
+        output = self._run(ids, encoded, None, None)
+        if not self._on_gpu:
+            return [torch.from_numpy(np.array(output.at(i))) for i in range(len(ids))]
+        found = []
+        with torch.cuda.stream(self._stream):
+            for i in range(len(ids)):
+                image = output[i]
+                found.append(torch.empty(tuple(image.shape()), dtype=torch.uint8, device=self._device))
+                self._take(image, found[-1])
+        return found
+
+    def _take(self, source: Any, target: Tensor) -> None:
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        feed_ndarray(source, target, cuda_stream=self._stream)
+        self._stream.synchronize()  # in the loader's thread only: DALI reuses its buffer for the next batch
+
+    def _run(
+        self, ids: np.ndarray, images: Sequence[Any], windows: np.ndarray | None, mirror: np.ndarray | None
+    ) -> Any:
+        self._pipe.feed_input("images", images)
+        if not self._whole:
+            self._pipe.feed_input("start", np.ascontiguousarray(windows[:, :2]))
+            self._pipe.feed_input("shape", np.ascontiguousarray(windows[:, 2:]))
+        if self._flip:
+            self._pipe.feed_input("mirror", mirror.astype(np.int32))
+        try:
+            (output,) = self._pipe.run()
+        except RuntimeError as error:
+            raise self._blame(ids, images, error) from None
+        return output
+
+    def _blame(self, ids: np.ndarray, encoded: Sequence[np.ndarray], error: RuntimeError) -> BaseException:
+        """DALI does not say which image of a batch it could not decode: try them one by one."""
+        if self._decoded:
+            return error
+        from nvidia.dali import fn, pipeline_def
+
+        @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+        def single():
+            return fn.decoders.image(fn.external_source(name="encoded", ndim=1), device="cpu")
+
+        pipe = single()
+        for sample, data in zip(ids, encoded, strict=True):
+            try:
+                pipe.feed_input("encoded", [data])
+                pipe.run()
+            except RuntimeError:
+                found = UserError(
+                    f"{self._index.describe(int(sample))} cannot be decoded; repair or remove it and pack again"
+                )
+                found.one_rank = True
+                return found
+        return error
+
+
+def decode_threads() -> int:
+    """DALI threads of this process: the cores of the machine shared by its ranks, four at the most."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
