@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import cpu_has_bf16, environment
-from benchmarks.report import check_target, grid, write_report
+from benchmarks.output import check_target, grid, write_report
 from ddpm_dist import runtime as runtimes
 from ddpm_dist.config import Config, load_config
 from ddpm_dist.errors import exit_codes

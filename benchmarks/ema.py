@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment
-from benchmarks.report import check_target, grid, write_report
+from benchmarks.output import check_target, grid, write_report
 from ddpm_dist.config import Ema, load_config
 from ddpm_dist.engines.ema import ShardedEMA
 from ddpm_dist.engines.partition import replicated_shares

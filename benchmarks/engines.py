@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import cpu_has_bf16, environment
-from benchmarks.report import check_target, grid, write_report
+from benchmarks.output import check_target, grid, write_report
 from ddpm_dist.config import Config, load_config
 from ddpm_dist.engines.deepspeed_config import count_parameters
 from ddpm_dist.errors import UserError, exit_codes

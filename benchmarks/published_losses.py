@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.environment import environment
-from benchmarks.report import check_target, grid, write_report
+from benchmarks.output import check_target, grid, write_report
 from ddpm_dist.errors import UserError, exit_codes
 
 IMAGES = 60_000  # of MNIST's training split

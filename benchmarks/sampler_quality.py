@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.report import check_target, grid, write_report
+from benchmarks.output import check_target, grid, write_report
 from benchmarks.sampling import parse_sampler
 from ddpm_dist import runtime as runtimes
 from ddpm_dist.diffusion import to_uint8

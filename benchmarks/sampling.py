@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.environment import cpu_has_bf16, environment
+from benchmarks.output import check_target, write_report
 from benchmarks.reference import ReferenceUNet
 from benchmarks.reference_sampling import DIFFUSERS, DiffusersSampling, ReferenceSampling, Sampling
-from benchmarks.report import check_target, write_report
 from benchmarks.sampling_entrant import Entrant, OurSampling, free_memory, limit_memory
 from benchmarks.sampling_table import entry, markdown
 from benchmarks.train_throughput import why_no_reference

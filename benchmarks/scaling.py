@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.environment import cpu_has_bf16, environment
-from benchmarks.report import check_target, write_report
+from benchmarks.output import check_target, write_report
 from benchmarks.scaling_table import MODES, join, table
 from ddpm_dist import rendezvous
 from ddpm_dist import runtime as runtimes

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import scaling_fit
 from benchmarks import scaling_model as model
-from benchmarks.report import check_target, write_report
+from benchmarks.output import check_target, write_report
 from benchmarks.scaling_data import distinct_shards, fit_order, open_share, order_seconds
 from benchmarks.scaling_hardware import PROFILES, Hardware, Site, Workload
 from benchmarks.scaling_table import markdown
