@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ddpm_dist import compile_cache
 from ddpm_dist.alike import check_alike
 from ddpm_dist.checkpoint import CheckpointStore, Ownership, Reader, Workplace, published, reaches
 from ddpm_dist.checkpoint.format import Damaged, Piece
@@ -96,6 +97,7 @@ class Trainer:
         if reader is not None:
             runtime.together(lambda: self._check_same_run(reader, accept_data_change))
 
+        self._no_compile_cache = compile_cache.keep_beside(self.folder) if config.train.compile else None
         self.step_fn = TrainStep(config, runtime, self.plan, network)
         epoch_size = len(self.index.samples) if self.index is not None else None
         self.records = Records(config, runtime, self.plan.global_batch, epoch_size)
@@ -318,6 +320,8 @@ class Trainer:
         )
         if config.train.compile:
             self._say("torch.compile: the first step may take minutes (train.compile=false in a new run leaves it out)")
+            if self._no_compile_cache:
+                self._say(f"warning: what it makes is not kept beside the runs: {self._no_compile_cache}")
         if config.optim.schedule != "constant" and config.train.images > config.optim.decay_images + plan.global_batch:
             self._say(
                 f"note: optim.schedule={config.optim.schedule} ends at {config.optim.decay_images:,} images (fixed at the "

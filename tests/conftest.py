@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DDPM_DIST_TIMEOUT_MINUTES", "3")
+# Beside the runs of the tests it would be empty each time.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/ddpm_dist_compiled_{os.getuid()}")
 
 # A network of 15,000 parameters on 16x16 grey images: a step takes some milliseconds.
 TINY = [
