@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ddpm_dist.errors import UserError, exit_codes
 from ddpm_dist.models import checks, infer_keywords, model_keywords, recognise, save_weights
-from ddpm_dist.models.weights import check_shapes, empty_state
+from ddpm_dist.models.weights import check_shapes, empty_state, network_shapes
 from ddpm_dist.originals import ORIGINALS, TABLES, schedule_of_tables
+from ddpm_dist.sample_source import schedule_of
 
 PREFIXES = ("module.", "_orig_mod.", "ema_model.", "nn_model.")
 
@@ -73,9 +74,10 @@ def read_state_dict(path: str | Path, key: str | None = None) -> dict[str, Tenso
 def _open_wrapper(content: Any, key: str | None, path: str) -> dict[str, Tensor]:
     """The one dict of tensors in ``content``, or the one under ``key``."""
     if key is not None:
-        if not isinstance(content, Mapping) or not isinstance(content.get(key), Mapping):
+        named = _named(content, key)
+        if named is None:
             raise UserError(f"{path} has no dict named {key!r}; {_holds(content)}")
-        content = content[key]
+        content = named
     if isinstance(content, Mapping):
         inner = {name: value for name, value in content.items() if _is_state_dict(value)}
         if _is_state_dict(content) and not inner:
@@ -85,6 +87,19 @@ def _open_wrapper(content: Any, key: str | None, path: str) -> dict[str, Tensor]
         if inner:
             raise UserError(f"{path} holds several state dicts: choose one with --key {' | '.join(map(str, inner))}")
     raise UserError(f"{path} holds no state dict; {_holds(content)}: give the file that the network was saved to")
+
+
+def _named(content: Any, key: str) -> Mapping | None:
+    """The first dict with that name, the outermost one; None if there is none."""
+    level = [content]
+    while level := [value for value in level if isinstance(value, Mapping)]:
+        for value in level:
+            if isinstance(value.get(key), Mapping):
+                return value[key]
+        level = [inner for value in level for inner in value.values()]
+        if len(level) > 1_000_000:
+            raise RecursionError
+    return None
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -120,6 +135,8 @@ def convert(
     """
     out = Path(out)
     known = model_keywords(model)
+    if not Path(source).is_file():
+        raise UserError(f"{source}: there is no such file")
     if model not in ORIGINALS:
         raise UserError(f"--model {model}: no other program's weights fit this network, only {', '.join(ORIGINALS)}")
     if out.exists() and (not force or os.path.samefile(source, out)):
@@ -131,7 +148,9 @@ def convert(
     found = {name: tuple(value.shape) for name, value in state.items()}
     if model == "unet" and "label_emb.weight" in found:
         raise UserError(f"{source} holds a network with labels (label_emb.weight): use --model unet_conditional")
-    keywords = {**ORIGINALS[model].keywords, **infer_keywords(model, found), **keywords}
+    read, own = infer_keywords(model, found), ORIGINALS[model].keywords
+    data = {key: value for key, value in read.items() if key in ("in_channels", "num_classes")}
+    keywords = _closest(model, found, {**own, **read, **keywords}, {**own, **keywords}, {**own, **data, **keywords})
     original = ORIGINALS["context_unet" if tables else model]  # whose program writes such tables
     diffusion = dict(original.diffusion)
     if tables:
@@ -144,8 +163,34 @@ def convert(
                 f"{keywords['timesteps']}: leave timesteps out"
             )
         diffusion["timesteps"] = keywords["timesteps"] + 1
+    try:
+        schedule_of(diffusion)
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).removesuffix('; convert or export it again')}") from None
     save_weights(out, _fitted(state, model, keywords, str(source)), model, keywords, diffusion, original.sampling)
     return keywords
+
+
+def _closest(model: str, found: dict[str, tuple[int, ...]], *choices: dict[str, Any]) -> dict[str, Any]:
+    """Of several sets of keywords those with which the network differs least from the shapes ``found``.
+
+    One wrong tensor may be the one that the keywords were read off; then all the others seem to be wrong. Raises UserError
+    where no network can be built.
+    """
+    built, reason = [], None
+    for keywords in choices:
+        try:
+            wanted = network_shapes(model, keywords)
+        except UserError as error:
+            reason = reason or error
+            continue
+        wrong = sum(found.get(name) != wanted.get(name) for name in found.keys() | wanted.keys())
+        if not wrong:
+            return keywords
+        built.append((wrong, keywords))
+    if not built:
+        raise reason
+    return min(reversed(built), key=lambda pair: pair[0])[1]  # as good as the usual ones: then those
 
 
 def _with_tables(diffusion: dict[str, Any], tables: dict[str, Tensor], source: str) -> dict[str, Any]:

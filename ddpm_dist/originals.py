@@ -74,7 +74,7 @@ def schedule_of_tables(tables: Mapping[str, Tensor], where: str) -> dict[str, An
     if not bool(((beta > 0) & (beta < 1)).all()):
         raise UserError(f"{where}: the schedule table sqrt_beta_t holds values that are no roots of betas in (0, 1)")
     for name, formula in TABLES.items():
-        if not _close(tables[name], formula(beta)):
+        if not _belongs(name, tables[name], formula(beta), beta):
             at = int((tables[name].double() - formula(beta)).abs().nan_to_num(torch.inf).argmax())
             raise UserError(
                 f"{where}: the schedule table {name} does not belong to sqrt_beta_t: at t = {at} it is "
@@ -83,12 +83,30 @@ def schedule_of_tables(tables: Mapping[str, Tensor], where: str) -> dict[str, An
     read = [float(f"{float(beta[end]):.6g}") for end in (0, -1)]
     for first, last in ((_LINEAR["beta_start"], _LINEAR["beta_end"]), read):
         even = torch.linspace(first, last, length, dtype=torch.float64)
-        if _close(tables["sqrt_beta_t"], even.sqrt()):
+        # A root that was rounded once, of betas that were computed in float32.
+        rounding = 4 * _epsilon(tables["sqrt_beta_t"]) * beta + 4 * _FLOAT32 * beta.max()
+        if bool(((beta - even).abs() <= rounding).all()):
             return {"timesteps": length, "schedule": "linear", "beta_start": first, "beta_end": last}
     return {"timesteps": length, "schedule": "betas", "betas": beta.tolist()}
 
 
-def _close(table: Tensor, expected: Tensor) -> bool:
-    """Equal up to the rounding of the table's dtype, carried through a sum over all timesteps."""
-    rounding = 32 * torch.finfo(table.dtype).eps
-    return bool(torch.isclose(table.double(), expected, rtol=max(rounding, 1e-4), atol=rounding).all())
+_FLOAT32 = torch.finfo(torch.float32).eps
+
+
+def _epsilon(table: Tensor) -> float:
+    """The relative rounding of a table: the original computes in float32, whatever it is stored in."""
+    return max(torch.finfo(table.dtype).eps, _FLOAT32)
+
+
+def _belongs(name: str, table: Tensor, expected: Tensor, beta: Tensor) -> bool:
+    """Whether ``table`` is ``expected`` up to what the original's float32 and the rounding of both tables make of it.
+
+    alpha is 1 - beta and abar a product of t of them, so each has an error of about float32's epsilon, t of them, not relative to
+    beta or 1 - abar, which are small at the beginning.
+    """
+    t = torch.arange(1, len(beta) + 1, dtype=torch.float64)
+    relative = 32 * _epsilon(table) + t * _FLOAT32
+    if name in ("sqrtmab", "mab_over_sqrtmab"):
+        relative = relative + (t + 2) * _FLOAT32 / TABLES["sqrtmab"](beta).square() + _FLOAT32 / beta
+    smallest = torch.finfo(table.dtype).smallest_normal
+    return bool(((table.double() - expected).abs() <= relative * expected.abs() + smallest).all())

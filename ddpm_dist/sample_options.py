@@ -83,7 +83,16 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["--"]:  # torchrun hands on a "--" that keeps it from reading the options behind it
         given = given[1:]
-    return p.parse_args(given)
+    return p.parse_args(_with_lists_of_weights(given))
+
+
+def _with_lists_of_weights(given: list[str]) -> list[str]:
+    """``--guidance-weight -0.5,0`` as one word: argparse takes a list that begins with a minus for an option."""
+    words = list(given)
+    for i in range(len(words) - 1, 0, -1):
+        if words[i - 1] in ("--guidance", "--guidance-weight") and re.match(r"-[\d.]", words[i]):
+            words[i - 1 : i + 1] = [f"{words[i - 1]}={words[i]}"]
+    return words
 
 
 def _variance(text: str) -> str | float:

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from ddpm_dist.convert import main
 from ddpm_dist.diffusion import Schedule
 from ddpm_dist.models import build_model, load_weights
-from ddpm_dist.originals import TABLES
+from ddpm_dist.models.weights import network_shapes
+from ddpm_dist.originals import TABLES, schedule_of_tables
 from tests.reference_networks import (
     ReferenceBasicUnet,
     ReferenceContextUnet,
@@ -224,6 +225,56 @@ def test_a_wrong_file_is_refused_with_the_difference(tmp_path, context, capsys, 
     assert run(tmp_path / "ckpt.pt", tmp_path / "w.safetensors", "--model", "context_unet") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "w.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ends", [(1e-4, 0.02), (1e-4, 0.03), (1e-6, 0.02), (1e-3, 0.05)])
+def test_tables_of_any_precision_are_read_as_far_as_they_go(dtype, ends):
+    tables = {name: value.to(dtype) for name, value in schedule_tables(400, *ends).items()}
+    says = schedule_of_tables(tables, "file")
+    assert says["schedule"] == "linear"
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    assert [says["beta_start"], says["beta_end"]] == pytest.approx(ends, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "shape"),
+    [
+        ("context_unet", "init_conv.conv1.0.weight", (96, 1, 3, 3)),
+        ("film_unet", "downs.1.conv2.weight", (100, 128, 3, 3)),
+        ("film_unet", "init_conv.weight", (48, 3, 7, 7)),
+        ("basic_unet", "down_layers.0.weight", (48, 1, 5, 5)),
+        ("basic_unet", "down_layers.2.weight", (1, 2, 3)),
+        ("unet_conditional", "inc.double_conv.0.weight", (32, 3, 3, 3)),
+        ("unet_conditional", "label_emb.weight", (10, 128)),
+    ],
+)
+def test_the_one_wrong_tensor_is_the_one_that_is_named(tmp_path, capsys, model, name, shape):
+    """Also where it is the one that the sizes of the network are read off."""
+    state = {
+        key: torch.zeros(value)
+        for key, value in network_shapes(model, {"num_classes": 10} if model == "unet_conditional" else {}).items()
+    }
+    right = list(state[name].shape)
+    torch.save({**state, name: torch.zeros(shape)}, tmp_path / "ckpt.pt")
+    assert run(tmp_path / "ckpt.pt", tmp_path / "w.safetensors", "--model", model) == 2
+    said = capsys.readouterr().err
+    assert f"  {name}: {list(shape)} in the file, {right} in the network\n" in said and " more" not in said
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+def test_what_cannot_be_sampled_or_found_is_refused(tmp_path, context, capsys):
+    torch.save({"state": {"ema": context, "model": context}}, tmp_path / "ckpt.pt")
+    source, out = tmp_path / "ckpt.pt", tmp_path / "w.safetensors"
+    assert run(source, out, "--model", "context_unet") == 2
+    assert "choose one with --key ema | model" in capsys.readouterr().err
+    assert run(source, out, "--model", "context_unet", "--key", "ema", "timesteps=2000000") == 2
+    assert "timesteps: Input should be less than or equal to 1000000" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(source, out, "--model", "context_unet", "--key", "ema") == 0
+    capsys.readouterr()
+    assert run(tmp_path / "nope.pt", out, "--model", "context_unet", "--force") == 2
+    assert "nope.pt: there is no such file" in capsys.readouterr().err and out.exists()
 
 
 def test_a_network_that_no_other_program_has_is_refused(tmp_path, context, capsys):

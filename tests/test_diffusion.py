@@ -87,6 +87,18 @@ def test_images_do_not_depend_on_how_they_are_cut():
     assert sample(network, [], schedule=schedule).shape == (0, 2, 4, 4)
 
 
+def test_the_range_of_the_network_is_used():
+    schedule = Schedule(timesteps=10, schedule="mixing", noise="uniform", prediction="x0")
+    network, seen = Linear(), []
+    network.forward = lambda x, t, y: (seen.append(x.clone()), x)[1]
+    network.value_range = [0.0, 1.0]
+    sample(network, count=4, schedule=schedule, sampler="mixing", steps=2)
+    assert 0 <= seen[0].min() < 0.1 and 0.9 < seen[0].max() <= 1
+    network.value_range = [-1.0, 1.0]
+    sample(network, count=4, schedule=schedule, sampler="mixing", steps=2)
+    assert seen[2].min() < -0.8
+
+
 def test_one_step_predicts_x0():
     schedule = Schedule(timesteps=100)
     network = Linear()
@@ -229,7 +241,9 @@ def test_clipping_keeps_every_implied_image_in_range():
         {"thresholding": "x"}, {"steps": 11}, {"steps": 0}, {"sampler": "x"}, {"variance": "x"}, {"count": None},
         {"percentile": 0.0}, {"guidance": -1.0}, {"guidance_rescale": 2.0}, {"guidance_interval": (5, 4)}, {"eta": -1.0},
         {"guidance_interval": (5, 10)}, {"seed": 2**64}, {"seed": -(2**63) - 1}, {"steps": 2.5}, {"steps": True},
-        {"guidance_interval": (5,)}, {"labels": [0.5]}, {"labels": [[1]]},
+        {"guidance_interval": (5,)}, {"labels": [0.5]}, {"labels": [[1]]}, {"count": 1.5}, {"count": -1}, {"count": True},
+        {"guidance": "3"}, {"eta": "x"}, {"variance": None}, {"guidance_interval": 5}, {"seed": "a"}, {"dtype": "bf16"},
+        {"value_range": (1, 0)},
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(wrong):

@@ -39,6 +39,7 @@ def files(tmp_path_factory):
         ("labelled", "--guidance 1,nan", "--guidance 1,nan"),
         ("labelled", "--guidance 1,1.0", "the same number twice"),
         ("labelled", "--guidance-weight=-2", "must be numbers of at least -1"),
+        ("labelled", "--guidance-weight -2,0", "must be numbers of at least -1"),
         ("labelled", "--guidance 1 --guidance-weight 0", "not allowed with argument"),
         ("labelled", "--guidance 1,2 --out-dir FOLDER/x", "one guidance scale, not 1, 2"),
         ("labelled", "--guidance-interval 5 2", "the lower one first"),
@@ -96,6 +97,7 @@ def how(path, *words):
 def test_what_is_not_said_comes_from_the_file(files, tmp_path):
     plan, _ = how(files["labelled"])
     assert plan.scales == [3.0] and plan.options["sampler"] == "ddpm" and plan.timesteps == [*range(11, -1, -1)]
+    assert how(files["labelled"], "--guidance-weight", "-0.5,0")[0].scales == [0.5, 1.0]
     plan, _ = how(files["labelled"], "--guidance-weight", "0,0.5,2", "--sampler", "heun", "--steps", "4")
     assert plan.scales == [1.0, 1.5, 3.0] and len(plan.timesteps) == 7 and not plan.every_timestep
     assert how(files["unlabelled"])[0].scales == [0.0]

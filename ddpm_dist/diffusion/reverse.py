@@ -64,6 +64,10 @@ class ReverseProcess:
         capture: bool | None = None,
     ) -> None:
         check_options(thresholding, percentile, guidance, guidance_interval, guidance_rescale)
+        if not value_range[0] < value_range[1]:
+            raise ValueError(f"value_range must be the lowest and the highest value, not {list(value_range)}")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be a torch.dtype such as torch.bfloat16, or None, not {dtype!r}")
         self._classes = getattr(network, "num_classes", "unknown")
         if labelled and self._classes is None:
             raise ValueError("the network was made without labels: leave labels out")
@@ -114,8 +118,8 @@ class ReverseProcess:
         if self._capture and not self._graphs:
             for is_guided in sorted(set(self.guided)):
                 self._graphs[is_guided] = self._captured(is_guided)
-        if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed {seed} does not fit into 64 bits: choose one from 0 to {2**64 - 1}")
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed {seed!r} is no number of 64 bits: choose one from 0 to {2**64 - 1}")
         self._seed.fill_(seed - (seed >= 2**63) * 2**64)
         self._indices.copy_(indices)
         if self._labels is not None:
@@ -170,7 +174,7 @@ class ReverseProcess:
         if bad < len(self):
             raise NotFinite(
                 f"the network's answer at timestep {self.timesteps[bad]} (evaluation {bad + 1} of {len(self)}) is not finite: look at the "
-                "weights, or use float32"
+                "weights, use float32, or a smaller guidance"
             )
         return self.x[:count]
 
@@ -242,6 +246,9 @@ def check_options(
     guidance_rescale: float,
 ) -> None:
     """ValueError for options of ``sample`` that no network and no schedule could make good."""
+    for name, value in (("percentile", percentile), ("guidance", guidance), ("guidance_rescale", guidance_rescale)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} must be a number, not {value!r}")
     if thresholding not in THRESHOLDINGS:
         raise ValueError(f"unknown thresholding {thresholding!r}: {', '.join(THRESHOLDINGS)}")
     if not 0 < percentile <= 1:
@@ -251,9 +258,11 @@ def check_options(
     if not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale must lie in 0..1, not {guidance_rescale}")
     if guidance_interval is not None and not (
-        len(guidance_interval) == 2 and 0 <= guidance_interval[0] <= guidance_interval[1]
+        isinstance(guidance_interval, list | tuple)
+        and [type(t) for t in guidance_interval] == [int, int]
+        and 0 <= guidance_interval[0] <= guidance_interval[1]
     ):
-        raise ValueError(f"guidance_interval must be two timesteps, the lower one first, not {list(guidance_interval)}")
+        raise ValueError(f"guidance_interval must be two timesteps, the lower one first, not {guidance_interval!r}")
 
 
 def device_of(network: nn.Module) -> torch.device:

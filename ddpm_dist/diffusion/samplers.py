@@ -185,12 +185,14 @@ def table(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: {', '.join(SAMPLERS)}")
-    if variance not in VARIANCES and (isinstance(variance, str) or not 0 <= variance <= 1):
+    if variance not in VARIANCES and (
+        isinstance(variance, bool) or not isinstance(variance, int | float) or not 0 <= variance <= 1
+    ):
         raise ValueError(
             f"unknown variance {variance!r}: {', '.join(VARIANCES)}, or a number from 0 (posterior) to 1 (beta)"
         )
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in 0..1, not {eta}")
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in 0..1, not {eta!r}")
     if (sampler == "mixing") != schedule.is_mixing:
         raise ValueError(
             f"sampler {sampler!r} does not go with schedule {schedule.schedule!r}: "

@@ -20,7 +20,7 @@ def sample(
     shape: tuple[int, int, int] | None = None,
     count: int | None = None,
     schedule: Schedule | None = None,
-    value_range: tuple[float, float] | list[float] = (-1.0, 1.0),
+    value_range: tuple[float, float] | list[float] | None = None,
     seed: int = 0,
     first: int = 0,
     indices: Tensor | None = None,
@@ -31,7 +31,7 @@ def sample(
     """Generate images; float32 (B, C, H, W) in the range the network was trained on, not clipped.
 
     labels: (B,) int64 on any device, None = unlabelled (then ``count`` says how many). shape: (C, H, W), by default what
-    the network says of itself (in_channels, image_size). Image i of the call has the index first + i, or ``indices[i]``;
+    the network says of itself (in_channels, image_size); so are schedule and value_range, else linear betas and [-1, 1]. Image i of the call has the index first + i, or ``indices[i]``;
     its noise is a function of (seed, index, timestep), so a set of images may be split over calls and ranks at will.
     on_step(k, t, x, x0) is called after each evaluation k of the network, at timestep t, with the new x and the predicted image.
 
@@ -51,6 +51,8 @@ def sample(
         device = device_of(network)
     if shape is None:
         shape = (network.in_channels, network.image_size, network.image_size)
+    if value_range is None:
+        value_range = getattr(network, "value_range", (-1.0, 1.0))
     if labels is not None:
         labels = torch.as_tensor(labels)
         if labels.dim() != 1 or (labels.is_floating_point() and len(labels)):
@@ -61,7 +63,10 @@ def sample(
         size = len(labels) if labels is not None else count
         if size is None:
             raise ValueError("say how many images: labels, count or indices")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ValueError(f"count must be a whole number from 0 on, not {size!r}")
         indices = torch.arange(first, first + size)
+    indices = torch.as_tensor(indices)
     if len(indices) == 0:
         return torch.empty(0, *shape, device=device)
     process = ReverseProcess(
