@@ -73,7 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--samplers", default=DEFAULT, help=f"NAME or NAME:STEPS, comma-separated (default: {DEFAULT})")
     add("--guidance", type=float, default=1.5)
     add("--thresholding", default="clip")
-    add("--num", type=int, default=1000, help="images per sampler (default 1000)")
+    add("--num", type=int, default=500, help="images per sampler (default 500)")
     add("--json", type=Path, metavar="OUT", help="also write a report")
     args = parser.parse_args(argv)
     if args.num < 20:
