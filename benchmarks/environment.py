@@ -48,9 +48,9 @@ def environment() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command as one would type it in the checkout: no folders of this machine, not where the report goes."""
+    """The command as one would type it in the checkout: no folders of this machine, not where the reports go."""
     words = iter(sys.argv[1:])
-    kept = [word for word in words if not (word == "--json" and next(words, None))]
+    kept = [word for word in words if not (word in ("--json", "--markdown") and next(words, None))]
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *kept])
 
 

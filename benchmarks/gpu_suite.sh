@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, without a network: GPU tests, then benchmarks; one JSON report each.
-#   OUT=folder bash benchmarks/gpu_suite.sh [training] [sampling] [engines]
+#   OUT=folder bash benchmarks/gpu_suite.sh [training] [sampling] [engines] [ladder]
 # Parts: training (GPU tests, training, averages, checkpoints), sampling (every sampler, captured and eager), engines (DDP and ZeRO,
-# scaling over the GPUs of this machine). Without arguments all of them. Each part is done within ten minutes.
+# scaling over the GPUs of this machine), ladder (from the original loop to ours). Without arguments all of them. Each part is done within ten minutes.
 # Default OUT: benchmarks/results/<GPU name>. Every step has a time limit of its own, and a step that fails does not keep the others from
 # running. The exit code is 1 if any did.
 # Needs torch, numpy, pydantic, pyyaml, safetensors, pillow, tqdm and pytest; what wants DALI, diffusers or DeepSpeed does without, and says so.
@@ -11,10 +11,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-parts=" ${*:-training sampling engines} "
+parts=" ${*:-training sampling engines ladder} "
 for part in $parts; do
-    if [[ ! $part =~ ^(training|sampling|engines)$ ]]; then
-        echo "error: unknown part '$part': training, sampling, engines" >&2
+    if [[ ! $part =~ ^(training|sampling|engines|ladder)$ ]]; then
+        echo "error: unknown part '$part': training, sampling, engines, ladder" >&2
         exit 2
     fi
 done
@@ -73,6 +73,10 @@ if [[ $parts == *" sampling "* ]]; then
     sampling sampling_b256_compiled 200 --batches 256 --guidance 3 --samplers ddpm,ddim:50,dpmpp_2m:20 --compile --no-eager \
         --no-reference --no-diffusers --whole-below 80
     sampling sampling_b1_compiled 90 --batches 1 --guidance 3 --samplers ddpm,dpmpp_2m:20 --compile --no-reference --no-diffusers
+fi
+
+if [[ $parts == *" ladder "* ]]; then
+    step ladder 180 "$python" -m benchmarks.ladder --batch 64 --steps 5 --json "$out/ladder.json"
 fi
 
 if [[ $parts == *" engines "* ]]; then

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_dist.config import Diffusion
 from ddpm_dist.errors import UserError, exit_codes
 from ddpm_dist.models import checks, infer_keywords, model_keywords, recognise, save_weights
 from ddpm_dist.models.weights import check_shapes, empty_state, network_shapes
@@ -126,9 +127,17 @@ def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert(
-    source: str | Path, model: str, out: str | Path, key: str | None = None, force: bool = False, **keywords: Any
-) -> dict[str, Any]:
-    """Convert a file; returns the network's keywords: those given, and those that follow from the shapes.
+    source: str | Path,
+    model: str,
+    out: str | Path,
+    key: str | None = None,
+    force: bool = False,
+    process: Mapping[str, Any] | None = None,
+    **keywords: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Convert a file; returns the network's keywords (those given, and those that follow from the shapes) and its diffusion process.
+
+    process: keys of the section ``diffusion`` that are not those of the original program, for example {"timesteps": 250}.
 
     Raises UserError when ``out`` exists (unless ``force``), when the tensors are not those of the network (naming the
     network they belong to, if it is one of ours), or when one of them holds a value that is not finite.
@@ -163,12 +172,20 @@ def convert(
                 f"{keywords['timesteps']}: leave timesteps out"
             )
         diffusion["timesteps"] = keywords["timesteps"] + 1
+    for name in process or {}:
+        if name not in (*Diffusion.model_fields, "range"):
+            raise UserError(f"diffusion.{name}: there is no such key, only {', '.join(Diffusion.model_fields)}, range")
+        if name == "timesteps" and name in known:
+            raise UserError(
+                f"{model} knows its number of timesteps: say timesteps=N for t = 0 .. N, not diffusion.timesteps"
+            )
+    diffusion |= process or {}
     try:
         schedule_of(diffusion)
     except UserError as error:
         raise UserError(f"{source}: {str(error).removesuffix('; convert or export it again')}") from None
     save_weights(out, _fitted(state, model, keywords, str(source)), model, keywords, diffusion, original.sampling)
-    return keywords
+    return keywords, diffusion
 
 
 def _closest(model: str, found: dict[str, tuple[int, ...]], *choices: dict[str, Any]) -> dict[str, Any]:
@@ -224,6 +241,12 @@ def _fitted(state: dict[str, Tensor], model: str, keywords: dict[str, Any], sour
     return fitted
 
 
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={f'[{len(value)} numbers]' if name == 'betas' and value else value}" for name, value in values.items()
+    )
+
+
 def _parse_keyword(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     try:
@@ -231,15 +254,23 @@ def _parse_keyword(text: str) -> tuple[str, Any]:
             raise ValueError
         return name, json.loads(value)
     except ValueError:
+        if equals and name.startswith("diffusion."):
+            return name, value  # a word, such as cosine
         raise UserError(f"{text!r} is not a keyword of the network: write for example image_size=96") from None
 
 
 @exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m ddpm_dist.convert``."""
-    parser = argparse.ArgumentParser(prog="python -m ddpm_dist.convert", description=__doc__.splitlines()[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m ddpm_dist.convert", description=" ".join(__doc__.split("\n\n")[1].split())
+    )
     parser.add_argument("source", help="the file that torch.save wrote")
-    parser.add_argument("keywords", nargs="*", help="what the shapes cannot tell, e.g. image_size=96")
+    parser.add_argument(
+        "keywords",
+        nargs="*",
+        help="what the shapes cannot tell, e.g. image_size=96; of the process, diffusion.timesteps=250",
+    )
     parser.add_argument(
         "--model", default="unet_conditional", help=f"one of {', '.join(ORIGINALS)} (default: unet_conditional)"
     )
@@ -248,9 +279,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     args = parser.parse_intermixed_args(argv)
     given = dict(_parse_keyword(text) for text in args.keywords)
-    keywords = convert(args.source, args.model, args.out, args.key, args.force, **given)
-    described = ", ".join(f"{name}={value}" for name, value in keywords.items())
-    print(f"{args.out}: {args.model} ({described})")
+    process = {
+        name.removeprefix("diffusion."): given.pop(name) for name in list(given) if name.startswith("diffusion.")
+    }
+    keywords, diffusion = convert(args.source, args.model, args.out, args.key, args.force, process, **given)
+    print(f"{args.out}: {args.model} ({_listed(keywords)})")
+    print(f"trained with {_listed(diffusion)}; if that is not so, add what differs, such as diffusion.timesteps=250")
     return 0
 
 

@@ -28,7 +28,7 @@ from ddpm_dist.errors import FAILED, OK, REQUEUE, UserError
 from ddpm_dist.exit_file import read_exit, replace_text
 from ddpm_dist.parts import parse_part
 from ddpm_dist.real_images import RealImages
-from ddpm_dist.sample_frames import Recorder, assembled, gif_frames, gif_images, step_images, step_rows
+from ddpm_dist.sample_frames import STEP_IMAGES, Recorder, assembled, gif_frames, gif_images, step_images, step_rows
 from ddpm_dist.sample_options import NUM, How, resolve, samples, settings_of
 from ddpm_dist.sample_output import Bar, check_targets, targets, write_arrays, write_gif, write_grid, write_steps
 from ddpm_dist.sample_source import Source, choose_classes, choose_labels, open_process, open_source
@@ -238,7 +238,9 @@ def or_say(path: Path, write: Callable[[], None]) -> None:
 def _open(a: argparse.Namespace, place: Path) -> _Opened:
     """Open ``place`` and resolve what was not asked for. Raises UserError for what does not go with the network."""
     a = copy.copy(a)
-    a.num = a.num or NUM
+    a.num = a.num or (
+        NUM if a.out or a.out_dir or a.gif or a.with_real else STEP_IMAGES
+    )  # a steps picture alone shows few
     source = open_source(place, None if a.ema == "none" else int(a.ema or 0))
     how = resolve(a, source)
     return _Opened(source, choose_labels(a.classes, a.num, source), a, how, settings_of(a, source, how))

@@ -186,7 +186,7 @@ class Trainer:
             )
             return self._leave(OK, "done")
         self._open_records()
-        loader = self.open_loader()
+        loader, begun = self.open_loader(), time.monotonic()
         self.watch = watch = Watch(
             runtime, config.train.hang_seconds, lambda: f"step {self.completed + 1}, {loader.doing}", last_words
         )
@@ -198,6 +198,10 @@ class Trainer:
                 with watch.patience() if self.completed == self.start_step else contextlib.nullcontext():
                     result = self.step_fn(self.completed, loader, records.audit)
                 self.completed += 1
+                if (
+                    self.completed == self.start_step + 1
+                ):  # a sign of life, long before the first record where steps are slow
+                    self._say(f"the first step took {time.monotonic() - begun:.1f} s")
                 records.account(result)
                 records.write_audit(self.completed, self._pieces)
                 records.log(self.completed, result, loader)

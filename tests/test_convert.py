@@ -141,6 +141,23 @@ def test_an_object_in_the_file_is_named_without_advice_to_trust_it(tmp_path, sta
     assert "weights_only" not in error and "trust" not in error
 
 
+def test_the_process_is_said_and_can_be_changed(tmp_path, state, capsys):
+    torch.save(state, tmp_path / "ckpt.pt")
+    out = tmp_path / "w.safetensors"
+    assert run(tmp_path / "ckpt.pt", out) == 0
+    assert "trained with timesteps=1000, t_min=1, schedule=linear" in capsys.readouterr().out
+    assert run(tmp_path / "ckpt.pt", out, "--force", "diffusion.timesteps=250", "diffusion.schedule=cosine") == 0
+    assert "timesteps=250, t_min=1, schedule=cosine" in capsys.readouterr().out
+    _, diffusion = load_weights(out)
+    assert (diffusion["timesteps"], diffusion["schedule"]) == (250, "cosine")
+    for word, says in (
+        ("diffusion.steps=9", "diffusion.steps: there is no such key"),
+        ("diffusion.t_min=2000", "t_min"),
+    ):
+        assert run(tmp_path / "ckpt.pt", tmp_path / "other.safetensors", word) == 2
+        assert says in capsys.readouterr().err and not (tmp_path / "other.safetensors").exists()
+
+
 def test_labelled_weights_are_not_taken_for_unlabelled_ones(tmp_path, state, capsys):
     torch.save(state, tmp_path / "ckpt.pt")
     assert run(tmp_path / "ckpt.pt", tmp_path / "w.safetensors", "--model", "unet") == 2
