@@ -32,7 +32,7 @@ from benchmarks.environment import cpu_has_bf16, environment
 from benchmarks.ladder_parts import attention_backends, upsampling
 from benchmarks.ladder_rungs import TOLERANCES, Answer, Setting, Switches, answer, compare, ladder
 from benchmarks.ladder_table import markdown
-from benchmarks.output import check_target, write_report
+from benchmarks.output import check_target, publish, write_report
 from benchmarks.sampling_entrant import free_memory, limit_memory, out_of_memory
 from benchmarks.timing import Contender
 from benchmarks.train_throughput import why_no_reference
@@ -265,11 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     check_target(args.json)
     check_target(args.markdown)
     report, right = measure(args)
-    text = markdown(report)
-    print(text)
-    write_report(args.json, report)
-    if args.markdown:
-        args.markdown.write_text(text + "\n")
+    publish(report, markdown(report), args.json, args.markdown)
     return 0 if right else 1
 
 

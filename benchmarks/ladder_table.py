@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.output import machine
+
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown: what was measured on what, the ladder, what each rung changes, attention backends, upsampling."""
     hardware = report["environment"]["hardware"]
-    where = (
-        hardware["gpus"][0]
-        if report["device"].startswith("cuda")
-        else f"{hardware['cores']} cores {hardware['cpu']}, {report['environment']['threads']} thread(s)"
-    )
     tolerances = "; ".join(
         f"{name} {t['loss_error']:.0e}, {t['gradient_error']:.0e}, {t['later_loss_error']:.0e}"
         for name, t in report["tolerances"].items()
     )
     lines = [
-        f"{where}, torch {report['environment']['versions'].get('torch')}, load average {hardware['load_average']:.1f}; "
+        f"{machine(report)}, torch {report['environment']['versions'].get('torch')}, load average {hardware['load_average']:.1f}; "
         f"{report['network']} with {report['parameters']:,} parameters at {report['image_size']}x{report['image_size']}, batch "
         f"{report['batch']}, compute only (a fixed batch on the device); medians of {report['turns']} interleaved turns of "
         f"{report['steps_per_turn']} steps",

@@ -23,6 +23,22 @@ def write_report(path: Path | None, report: dict[str, Any]) -> None:
         aside.replace(path)
 
 
+def publish(report: dict[str, Any], text: str, json_path: Path | None, markdown_path: Path | None) -> None:
+    """Print the tables, and write report and tables where they are wanted."""
+    print(text)
+    write_report(json_path, report)
+    if markdown_path:
+        markdown_path.write_text(text + "\n")
+
+
+def machine(report: dict[str, Any]) -> str:
+    """What a report was measured on, in a few words: the GPU, or the processor with cores and threads."""
+    hardware = report["environment"]["hardware"]
+    if report["device"].startswith("cuda"):
+        return hardware["gpus"][0]
+    return f"{hardware['cores']} cores {hardware['cpu']}, {report['environment']['threads']} thread(s)"
+
+
 def grid(rows: list[list[str]]) -> str:
     """Rows of cells as text, the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

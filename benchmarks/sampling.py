@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import cpu_has_bf16, environment
-from benchmarks.output import check_target, write_report
+from benchmarks.output import check_target, publish
 from benchmarks.reference import ReferenceUNet
 from benchmarks.reference_sampling import DIFFUSERS, DiffusersSampling, ReferenceSampling, Sampling
 from benchmarks.sampling_entrant import Entrant, OurSampling, free_memory, limit_memory
@@ -223,11 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     check_target(args.json)
     check_target(args.markdown)
     report = measure(args)
-    text = markdown(report)
-    print(text)
-    write_report(args.json, report)
-    if args.markdown:
-        args.markdown.write_text(text + "\n")
+    publish(report, markdown(report), args.json, args.markdown)
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.output import machine
+
 if TYPE_CHECKING:
     from benchmarks.sampling import Entrant
 
@@ -51,14 +53,8 @@ def _ratio(other: Entrant, own: Entrant) -> dict[str, float]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown: what was measured on what, a table, and the numbers that the project promises something about."""
-    hardware = report["environment"]["hardware"]
-    where = (
-        hardware["gpus"][0]
-        if report["device"].startswith("cuda")
-        else f"{hardware['cores']} cores {hardware['cpu']}, {report['environment']['threads']} thread(s)"
-    )
     lines = [
-        f"{where}, torch {report['environment']['versions'].get('torch')}, {report['network']} with "
+        f"{machine(report)}, torch {report['environment']['versions'].get('torch')}, {report['network']} with "
         f"{report['parameters']:,} parameters at {report['image_size']}x{report['image_size']}, {report['precision']}"
         f"{', channels_last' if report['channels_last'] else ''}{', compiled' if report['compile'] else ''}; "
         f"medians of {report['turns']} interleaved turns",
