@@ -108,10 +108,7 @@ class Cache:
         with ThreadPoolExecutor(1, thread_name_prefix="filler") as ahead:
             coming = ahead.submit(read, chunks[0] % len(index))
             for number, chunk in enumerate(chunks):
-                ids, files = (
-                    chunk % len(index),
-                    coming.result(),
-                )  # DALI's batches have one size: the last one wraps around
+                ids, files = chunk % len(index), coming.result()  # batches have one size: the last one wraps around
                 if number + 1 < len(chunks):
                     coming = ahead.submit(read, chunks[number + 1] % len(index))
                 count = int((chunk < len(index)).sum())
