@@ -12,18 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from benchmarks.sampling_entrant import free_memory, out_of_memory
+from ddpm_dist.attention_backends import BACKENDS, attend, attention_shapes, backends_on
 from ddpm_dist.config import Config
 from ddpm_dist.models import blocks, build_model
 
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 ON_A_CPU = ("flash", "math")
 TURN_SECONDS = 0.1  # a turn repeats a part until it lasts about so long
 # Largest difference to float64, relative to the largest number.
@@ -111,33 +106,26 @@ def take_turns(
     return entries
 
 
-def shapes(config: Config) -> tuple[dict[tuple[int, int, int], list[str]], dict[tuple[int, int], list[str]]]:
-    """What the network computes: {(tokens, heads, head_dim): layers} of attention, {(channels, size): layers} of upsampling."""
-    attention: dict[tuple[int, int, int], list[str]] = {}
-    upsampling: dict[tuple[int, int], list[str]] = {}
+def upsampled_shapes(config: Config) -> dict[tuple[int, int], list[str]]:
+    """{(channels, size): layers} of every upsampling of the network."""
+    found: dict[tuple[int, int], list[str]] = {}
     with torch.device("meta"):
         network = build_model(config.model.name, **config.network_keywords()).eval()
         x = torch.empty(1, config.data.channels, config.data.image_size, config.data.image_size)
         t = torch.empty(1, dtype=torch.int64)
 
-    def watch(name: str, module: nn.Module) -> None:
-        def attended(module: blocks.Attention, inputs: tuple[Tensor]) -> None:
-            _, tokens, channels = inputs[0].shape
-            attention.setdefault((tokens, module.heads, channels // module.heads), []).append(name.partition(".")[0])
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.setdefault((inputs[0].shape[1], inputs[0].shape[2]), []).append(name)
 
-        def stretched(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            upsampling.setdefault((inputs[0].shape[1], inputs[0].shape[2]), []).append(name)
-
-        if isinstance(module, blocks.Attention):
-            module.register_forward_pre_hook(attended)
-        elif isinstance(module, blocks.Up):
-            module.register_forward_pre_hook(stretched)
+        return hook
 
     for name, module in network.named_modules():
-        watch(name, module)
+        if isinstance(module, blocks.Up):
+            module.register_forward_pre_hook(note(name))
     with torch.no_grad():
         network(x, t, None)
-    return attention, upsampling
+    return found
 
 
 def attention_backends(
@@ -145,21 +133,19 @@ def attention_backends(
 ) -> list[dict[str, Any]]:
     """Every backend of ``scaled_dot_product_attention`` for every attention of the network, laid out as it lays them out."""
     entries = []
-    for (tokens, heads, head_dim), layers in shapes(config)[0].items():
+    for (tokens, heads, head_dim), names in attention_shapes(config).items():
+        layers = [name.partition(".")[0] for name in names]
         torch.manual_seed(0)
         qkv = torch.randn(batch, tokens, 3 * heads * head_dim, device=device).to(dtype).requires_grad_()
         gradient = torch.randn(batch, tokens, heads * head_dim, device=device).to(dtype)
 
         def run(backend: SDPBackend, qkv: Tensor = qkv, gradient: Tensor = gradient, heads: int = heads) -> Any:
-            q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
-            with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            out = attend(qkv, heads, backend)
             return out.detach(), torch.autograd.grad(out, qkv, gradient)[0]
 
         one = qkv[:1].detach().double().requires_grad_()  # images do not depend on each other
         expected = run(SDPBackend.MATH, one, gradient[:1].double())
-        names = [name for name in BACKENDS if device.type == "cuda" or name in ON_A_CPU]
-        variants = [Variant(name, lambda backend=BACKENDS[name]: run(backend)) for name in names]
+        variants = [Variant(name, lambda backend=BACKENDS[name]: run(backend)) for name in backends_on(device)]
         about = {"layers": layers, "tokens": tokens, "heads": heads, "head_dim": head_dim, "dtype": _name(dtype)}
         entries += [about | entry for entry in take_turns(variants, expected, dtype, turns, device)]
     return entries
@@ -197,7 +183,7 @@ def upsampling(
     """The ways to upsample, for every size that occurs; ``compiled``: each of them under torch.compile as well."""
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     entries = []
-    for (channels, size), layers in shapes(config)[1].items():
+    for (channels, size), layers in upsampled_shapes(config).items():
         torch.manual_seed(0)
         x = torch.randn(batch, channels, size, size, device=device).to(dtype=dtype, memory_format=layout)
         x.requires_grad_()

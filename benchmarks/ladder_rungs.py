@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.environment import cpu_has_bf16
 from benchmarks.reference import ReferenceEMA, ReferenceUNet
-from ddpm_dist import philox
+from ddpm_dist import attention_backends, philox
 from ddpm_dist.config import Config
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import MicroBatch, normalise
@@ -58,6 +58,8 @@ class Switches:
     channels_last: bool = False
     engine: bool = False
     compiled: bool = False
+    sdpa_backend: bool = False
+    step_graph: bool = False
 
     @property
     def precision(self) -> str:
@@ -94,15 +96,18 @@ WHAT = {
     "channels_last": "channels_last for weights and images",
     "engine": "the step of ddpm_dist: fused AdamW, foreach average, guard against non-finite steps, Philox draws, no loss.item()",
     "compiled": "torch.compile of the network (on a GPU also of the noise)",
+    "sdpa_backend": "train.attention=measured: for each shape of attention the backend that was measured fastest",
+    "step_graph": "train.cuda_graph=true: the whole step (forward, backward, optimizer, average) is one CUDA graph",
 }
-STEP_GRAPH = "the whole step (forward, backward, optimizer, average) as one CUDA graph"
 
 
 def missing(name: str, config: Config, device: torch.device) -> str | None:
     """Why there is no such rung on this device, with this configuration; None: there is."""
     cuda = device.type == "cuda"
-    if name in ("tf32", "cudnn_benchmark") and not cuda:
+    if name in ("tf32", "cudnn_benchmark", "step_graph") and not cuda:
         return NEEDS_A_GPU
+    if name == "sdpa_backend" and not cuda:
+        return "a CPU has one fused backend, which torch takes by itself"
     if name == "bf16" and config.train.precision != "bf16":
         weak = not cuda and not cpu_has_bf16()
         return "this processor has no bf16 arithmetic" if weak else f"train.precision={config.train.precision}"
@@ -122,8 +127,7 @@ def ladder(config: Config, device: torch.device) -> list[tuple[str, str, Switche
         if absent is None:
             on = replace(on, **{field.name: True})
         rungs.append((field.name, WHAT[field.name], on, absent))
-    why = "not yet: the trainer has no captured step" if device.type == "cuda" else NEEDS_A_GPU
-    return [*rungs, ("step_graph", STEP_GRAPH, on, why)]
+    return rungs
 
 
 class PlainStep:
@@ -186,7 +190,11 @@ class OurStep:
         config = setting.config.model_copy(deep=True)
         config.train.precision = "bf16" if switches.bf16 else "fp32"
         config.train.channels_last, config.train.compile = switches.channels_last, switches.compiled
+        config.train.cuda_graph, config.train.attention = switches.step_graph, "auto"
         runtime = Runtime(0, 1, 0, setting.device, None)
+        if switches.sdpa_backend:
+            config.train.attention = "measured"
+            attention_backends.pin(network, config, setting.images, runtime)
         self._batch, self._number = setting.batch, 0
         self._step = TrainStep(config, runtime, plan_batches(setting.images, None, 1), network)
 

@@ -137,6 +137,11 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     channels_last: bool = False
+    cuda_graph: bool = (
+        False  # replay the whole step as one CUDA graph: for small batches per GPU (DDP, no accumulation)
+    )
+    # Backend of scaled_dot_product_attention: torch's choice, the fastest for each shape as measured at the first start, or always one.
+    attention: Literal["auto", "measured", "flash", "efficient", "cudnn", "math"] = "auto"
     grad_clip: float | None = Field(None, gt=0)  # largest gradient norm
     label_dropout: float = Field(0.1, ge=0, le=1)
     # How gradients are summed; tree: in one order for every world size, so that parameters are equal to the bit (slow, DDP only).

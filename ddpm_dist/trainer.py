@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ddpm_dist import compile_cache
+from ddpm_dist import attention_backends, compile_cache
 from ddpm_dist.alike import check_alike
 from ddpm_dist.checkpoint import CheckpointStore, Ownership, Reader, Workplace, published, reaches
 from ddpm_dist.checkpoint.format import Damaged, Piece
@@ -73,6 +73,8 @@ class Trainer:
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.manual_seed(config.run.seed)
         network = build_model(config.model.name, **config.network_keywords())
+        if config.train.attention != "measured":
+            attention_backends.pin(network, config, self.plan.micro_batch, runtime)
 
         new = runtime.broadcast(not published(self.folder / "checkpoints") if runtime.is_main else None)
         runtime.together(lambda: check_nothing_lost(self.folder) if new and runtime.is_main else None)
@@ -97,6 +99,10 @@ class Trainer:
         if reader is not None:
             runtime.together(lambda: self._check_same_run(reader, accept_data_change))
 
+        self.attention: dict[str, str] = {}
+        if config.train.attention == "measured":
+            recorded = state.get("attention")
+            self.attention = attention_backends.pin(network, config, self.plan.micro_batch, runtime, recorded)
         self._no_compile_cache = compile_cache.keep_beside(self.folder) if config.train.compile else None
         self.step_fn = TrainStep(config, runtime, self.plan, network)
         epoch_size = len(self.index.samples) if self.index is not None else None
@@ -299,6 +305,7 @@ class Trainer:
         state = {
             **self._facts(),
             "decoder": self.decoder,
+            "attention": self.attention,
             "scaler": self.step_fn.engine.scaler_state(),
             "sums": self.records.sums.tolist(),
             "mlflow_run_id": tracker.run_id if tracker is not None else None,

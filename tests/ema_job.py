@@ -110,14 +110,14 @@ class Job:
         TrainStep.__call__ = call
 
     def _watch_updates(self) -> None:
-        original = ShardedEMA.update
+        original = ShardedEMA.blend
 
         def update(ema, *arguments):
             with Collectives() as seen:
                 original(ema, *arguments)
             self.updates, self.talked = self.updates + 1, self.talked + seen.count
 
-        ShardedEMA.update = update
+        ShardedEMA.blend = update
 
     def _poison(self) -> None:
         original, last = objective.mse_per_image, self.runtime.world_size - 1

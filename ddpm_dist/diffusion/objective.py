@@ -28,7 +28,11 @@ def mse_per_image(prediction: Tensor, target: Tensor) -> Tensor:
 
     Kept per image so that the caller can average over a global batch whatever its split.
     """
-    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    error = prediction.float() - target.float()
+    if error.dim() == 4 and not error.is_contiguous():
+        # In the order in memory: flattening would copy a channels_last tensor and hand back a gradient in the other format.
+        error = error.permute(0, 2, 3, 1)
+    return error.square().flatten(1).mean(dim=1)
 
 
 def min_snr_weights(schedule: Schedule, gamma: float) -> Tensor:

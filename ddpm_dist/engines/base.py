@@ -4,7 +4,7 @@ An engine offers, beside the methods below,
 
 * ``__call__(x, t, y)``: the prediction under autocast,
 * ``micro_step(last)``: a context around forward and backward of one micro-batch,
-* ``backward(loss)`` and ``step(lr, loss) -> (gradient norm, skipped)``,
+* ``backward(loss)`` and ``step(lr, loss) -> (gradient norm, skipped)``; lr is a number, with train.cuda_graph a tensor on the device,
 * ``shapes``: the shape of every trained parameter by clean name, ``buffers``: the persistent buffers by name, the same on every rank,
 * ``shares()``: this rank's 1/W of the fp32 parameters as live views; the shares of all ranks cover each parameter once,
 * ``pieces()`` and ``load(reader, scaler)``: the state for a checkpoint, the same whatever the engine.
@@ -105,12 +105,16 @@ class Engine:
             torch._foreach_copy_(kept, live)
 
 
-def make_optimizer(parameters: list[Tensor], optim: Optim) -> torch.optim.Optimizer:
-    """The fused optimizer of both engines: it obeys ``found_inf`` and ``grad_scale`` tensors without a look from the host."""
+def make_optimizer(parameters: list[Tensor], optim: Optim, captured: bool = False) -> torch.optim.Optimizer:
+    """The fused optimizer of both engines: it obeys ``found_inf`` and ``grad_scale`` tensors without a look from the host.
+
+    captured: its steps become part of a CUDA graph.
+    """
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optim.name]
     return kind(
-        parameters, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True, weight_decay=optim.weight_decay
-    )
+        parameters, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True, weight_decay=optim.weight_decay,
+        capturable=captured,
+    )  # fmt: skip
 
 
 def fresh_state(parameter: Tensor) -> dict[str, Tensor]:

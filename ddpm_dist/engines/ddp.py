@@ -14,6 +14,7 @@ from ddpm_dist.checkpoint.format import Piece, Reader
 from ddpm_dist.config import Optim, Train
 from ddpm_dist.data.order import BatchPlan
 from ddpm_dist.engines.base import AUTOCAST, MOMENTS, Engine, fresh_state, make_optimizer
+from ddpm_dist.engines.flat_sum import FlatSum
 from ddpm_dist.engines.partition import replicated_shares, same_rows
 from ddpm_dist.engines.tree import TreeSum
 from ddpm_dist.runtime import Runtime
@@ -37,7 +38,7 @@ class DDPEngine(Engine):
         if train.compile:
             torch._dynamo.config.optimize_ddp = False  # one graph: the model is small next to its activations
             self._module = torch.compile(network)
-        if runtime.world_size > 1 and self._tree is None:
+        if runtime.world_size > 1 and self._tree is None and not train.cuda_graph:
             cuda = runtime.device.type == "cuda"
             known = inspect.signature(DistributedDataParallel).parameters
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.12
@@ -51,7 +52,11 @@ class DDPEngine(Engine):
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
         self._adopt_buffers(network)
-        self._optimizer = make_optimizer(list(self.parameters.values()), optim)
+        self._flat = FlatSum(list(self.parameters.values())) if train.cuda_graph and runtime.world_size > 1 else None
+        captured = train.cuda_graph and runtime.device.type == "cuda"
+        # A graph computes the cast weights of its own step: it must not find those of another one in autocast's cache.
+        self._cache_casts = not captured
+        self._optimizer = make_optimizer(list(self.parameters.values()), optim, captured)
         for parameter in self.parameters.values():
             self._optimizer.state[parameter] = fresh_state(parameter)
 
@@ -59,7 +64,7 @@ class DDPEngine(Engine):
         """The network's prediction under autocast."""
         if self._dtype is None:
             return self._module(x, t, y)
-        with torch.autocast(x.device.type, dtype=self._dtype):
+        with torch.autocast(x.device.type, dtype=self._dtype, cache_enabled=self._cache_casts):
             return self._module(x, t, y)
 
     def settle(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
@@ -94,11 +99,12 @@ class DDPEngine(Engine):
                 parameter.grad = None
             return
         # DDP averages over the ranks; the factor W turns that into the sum that is wanted.
-        (loss * (self._scale * self._runtime.world_size)).backward()
+        ranks = self._runtime.world_size if self._flat is None else 1
+        (loss * (self._scale * ranks)).backward()
 
     @torch.no_grad()
-    def step(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply the gradients unless they or the global ``loss`` are not finite on any rank.
+    def step(self, lr: float | Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the gradients unless they or the global ``loss`` are not finite on any rank. lr: maybe a float32 tensor on the device.
 
         Returns (gradient norm before clipping, skipped as 0-dim float 0 or 1), both on the device.
         """
@@ -107,6 +113,10 @@ class DDPEngine(Engine):
             for parameter, gradient in zip(self.parameters.values(), self._tree.total(), strict=True):
                 parameter.grad = gradient
         gradients = [parameter.grad for parameter in self.parameters.values()]
+        if self._flat is not None:
+            gradients = self._flat.total(gradients)
+            for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+                parameter.grad = gradient
         norm, skipped, divisor = self._guard(
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))), loss
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +34,7 @@ class ShardedEMA:
         self._shares, self._runtime = shares, runtime
         self._sources = [share.data for share in shares]
         self.averages = [[source.to(torch.float32, copy=True) for source in self._sources] for _ in range(len(self))]
+        self._on_host = bool(self._sources) and self._sources[0].device.type == "cpu"
         self._layout: list[list[tuple[str, tuple[int, ...], int, int]]] | None = None
 
     def __len__(self) -> int:
@@ -44,28 +47,41 @@ class ShardedEMA:
             if average:
                 torch._foreach_copy_(average, self._sources)
 
-    def _keep(self, index: int, images_seen: int, global_batch: int) -> float:
-        """What the average keeps of itself in the step that brings the run to ``images_seen``."""
-        if index >= len(self._half_lives):
-            return keep_of(self._gammas[index - len(self._half_lives)], images_seen, global_batch)
-        return 0.0 if images_seen <= self._warmup else 0.5 ** (global_batch / self._half_lives[index])
+    def weights(self, images_seen: int, global_batch: int) -> list[float]:
+        """How much of the weights each average takes in the step that brings the run to ``images_seen``; 1: it becomes a copy.
 
-    @torch.no_grad()
+        Rounded to float32, so that it is the same number on the host and in a tensor.
+        """
+        half_lives = [
+            1.0 if images_seen <= self._warmup else -math.expm1(-math.log(2.0) * global_batch / half_life)
+            for half_life in self._half_lives
+        ]
+        powers = [1.0 - keep_of(gamma, images_seen, global_batch) for gamma in self._gammas]
+        return [float(np.float32(weight)) for weight in half_lives + powers]
+
     def update(self, images_seen: int, global_batch: int, skipped: Tensor) -> None:
         """After a step that brought the run to ``images_seen``. skipped: 0-dim float tensor, 1 leaves the averages alone."""
+        weights = self.weights(images_seen, global_batch)
+        self.blend(weights, skipped, [weight == 1.0 for weight in weights])
+
+    @torch.no_grad()
+    def blend(self, weights: Sequence[float] | Tensor, skipped: Tensor, copied: Sequence[bool]) -> None:
+        """average += weight (source - average) for what :meth:`weights` says, or for that as a float32 tensor on the device.
+
+        copied: which of the weights are 1. skipped: as for :meth:`update`.
+        """
         if not self._sources:
             return
-        for index, average in enumerate(self.averages):
-            keep = self._keep(index, images_seen, global_batch)
-            if keep == 0.0:  # a copy; also of the weights that a skipped step left as they were
+        for average, weight, copy in zip(self.averages, weights, copied, strict=True):
+            if copy:  # also of the weights that a skipped step left as they were
                 torch._foreach_copy_(average, self._sources)
-            elif average[0].device.type == "cpu":  # looking at the flag costs nothing here
+            elif self._on_host:  # looking at numbers costs nothing here
                 if not skipped:
-                    torch._foreach_lerp_(average, self._sources, 1.0 - keep)
+                    torch._foreach_lerp_(average, self._sources, float(weight))
             else:
                 # A tensor weight, so that a skipped step needs no look at the flag from the host.
                 change = torch._foreach_sub(self._sources, average)
-                torch._foreach_mul_(change, (1.0 - keep) * (1.0 - skipped))
+                torch._foreach_mul_(change, weight * (1.0 - skipped))
                 torch._foreach_add_(average, change)
 
     def gather(self, index: int) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpm_dist.models import checks
 
@@ -116,7 +117,12 @@ class Up(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with the parameters and the initialisation of ``nn.MultiheadAttention``."""
+    """Multi-head self-attention with the parameters and the initialisation of ``nn.MultiheadAttention``.
+
+    backend: of ``scaled_dot_product_attention``; None lets torch choose (``ddpm_dist.attention_backends`` measures and pins).
+    """
+
+    backend: SDPBackend | None = None
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -132,7 +138,9 @@ class Attention(nn.Module):
         qkv = F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
         # Split before the transpose: the backward pass then writes the three gradients straight into one tensor.
         q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, self.heads, -1)).unbind(2))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        with nullcontext() if self.backend is None else sdpa_kernel(self.backend):
+            attended = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class SelfAttention(nn.Module):
