@@ -24,7 +24,7 @@ from benchmarks.environment import cpu_has_bf16, environment
 from benchmarks.output import check_target, grid, write_report
 from ddpm_dist import runtime as runtimes
 from ddpm_dist.config import Config, load_config
-from ddpm_dist.errors import exit_codes
+from ddpm_dist.errors import UserError, exit_codes
 from ddpm_dist.runtime import Runtime
 from ddpm_dist.trainer import Trainer
 
@@ -78,42 +78,46 @@ def measure(args: argparse.Namespace, scratch: Path, runtime: Runtime) -> dict[s
     loop = Loop(config, runtime)
     for _ in range(3):
         loop.step()
-    plain_steps, first, stalls, published, rival_saves = [], [], [], [], []
+    plain_steps, typicals = [], []
+    turns: dict[str, list[float]] = {
+        name: [] for name in (
+            "save_copy_s", "save_stall_s", "save_until_published_s", "torch_save_s", "resume_s", "torch_load_s",
+        )
+    }  # fmt: skip
     for _ in range(args.repeats):
         usual = [loop.step() for _ in range(args.steps)]
         plain_steps += usual
         typical = statistics.median(usual)
+        typicals.append(typical)
         begun = time.perf_counter()
         seconds = [loop.step(save=True)]
         while loop.saving():
             seconds.append(loop.step())
-        published.append(time.perf_counter() - begun)
+        turns["save_until_published_s"].append(time.perf_counter() - begun)
         failure = loop.trainer.store.wait()
         if failure is not None:
             raise RuntimeError(f"the save failed: {failure}")
-        first.append(seconds[0] - typical)
-        stalls.append(sum(seconds) - typical * len(seconds))
-        rival_saves.append(_plain_save(loop, scratch))
+        turns["save_copy_s"].append(seconds[0] - typical)
+        turns["save_stall_s"].append(sum(seconds) - typical * len(seconds))
+        turns["torch_save_s"].append(_plain_save(loop, scratch))
     size = sum(piece.data.numel() * piece.data.element_size() for piece in loop.trainer._pieces())
     loop.close()
-    resumes, rival_loads = [], []
     for _ in range(args.repeats):
-        resumes.append(_resume(config, runtime))
-        rival_loads.append(_plain_load(scratch, runtime))
+        turns["resume_s"].append(_resume(config, runtime))
+        turns["torch_load_s"].append(_plain_load(scratch, runtime))
     step = statistics.median(plain_steps)
-    medians = {
-        "save_copy_s": statistics.median(first), "save_stall_s": statistics.median(stalls),
-        "save_until_published_s": statistics.median(published), "torch_save_s": statistics.median(rival_saves),
-        "resume_s": statistics.median(resumes), "torch_load_s": statistics.median(rival_loads),
-    }  # fmt: skip
+    # What is compared happened in the same turn; no save is going on while a run is resumed.
+    for ratio, over, under in (
+        ("stall_in_steps", "save_stall_s", typicals), ("stall_to_torch_save", "save_stall_s", turns["torch_save_s"]),
+        ("resume_in_steps", "resume_s", [step] * args.repeats), ("resume_to_torch_load", "resume_s", turns["torch_load_s"]),
+    ):  # fmt: skip
+        turns[ratio] = [a / b for a, b in zip(turns[over], under, strict=True)]
     return {
         "benchmark": "checkpoint", "environment": environment(), "device": str(runtime.device),
         "world_size": runtime.world_size, "engine": config.engine.name, "batch_per_rank": args.batch,
-        "bytes_per_rank": size, "turns": args.repeats, "step_s": step, **medians,
-        "stall_in_steps": medians["save_stall_s"] / step,
-        "stall_to_torch_save": medians["save_stall_s"] / medians["torch_save_s"],
-        "resume_in_steps": medians["resume_s"] / step,
-        "resume_to_torch_load": medians["resume_s"] / medians["torch_load_s"],
+        "bytes_per_rank": size, "turns": args.repeats, "step_s": step, "step_s_turns": typicals,
+        **{name: statistics.median(values) for name, values in turns.items()},
+        **{f"{name}_turns": values for name, values in turns.items()},
     }  # fmt: skip
 
 
@@ -198,10 +202,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", default="cifar64")
     parser.add_argument("--batch", type=int, default=128 if on_gpu else 4, help="images per rank and step")
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 3, help="steps without a save per turn")
-    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--json", type=Path, help="write the report to this file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
+    for name in ("batch", "steps", "repeats"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     check_target(args.json)
     runtime = runtimes.start()
     with tempfile.TemporaryDirectory(prefix="checkpoint_benchmark_") as scratch:

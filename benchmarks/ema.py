@@ -77,17 +77,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             _wait(device)
             if turn:  # the first turn touches the memory
                 seconds[name].append((time.perf_counter() - start) / args.steps)
-    first = next(iter(found))
+    base = seconds[next(iter(found))]
+    times = {name: [own / sharded for own, sharded in zip(seconds[name], base, strict=True)] for name in found}
     return {
         "benchmark": "ema", "environment": environment(), "device": str(device),
         "parameters": sum(tensor.numel() for tensor in parameters.values()), "averages": args.averages,
         "ranks": args.ranks, "steps_per_turn": args.steps, "turns": args.repeats,
         "ways": {
             name: {
-                "update_ms": 1e3 * statistics.median(seconds[name]), "bytes_per_rank": size,
-                "times_sharded": statistics.median(
-                    own / base for own, base in zip(seconds[name], seconds[first], strict=True)
-                ),
+                "update_ms": 1e3 * statistics.median(seconds[name]),
+                "update_ms_turns": [1e3 * each for each in seconds[name]],
+                "bytes_per_rank": size,
+                "times_sharded": statistics.median(times[name]),
+                "times_sharded_turns": times[name],
             }
             for name, (_, size) in found.items()
         },

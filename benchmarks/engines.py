@@ -64,7 +64,7 @@ def settings(args: argparse.Namespace, scratch: str, engine: str) -> Config:
 
 def worker(args: argparse.Namespace) -> None:
     """One rank of one turn; rank 0 writes what was measured to ``--worker``."""
-    from benchmarks.timing import _peak, _reset_peak
+    from benchmarks.timing import peak_bytes, reset_peak
     from ddpm_dist import runtime as runtimes
     from ddpm_dist.trainer import Trainer
 
@@ -83,14 +83,14 @@ def worker(args: argparse.Namespace) -> None:
         for _ in range(args.warmup):
             step()
         _wait(runtime)
-        _reset_peak(runtime.device)
+        reset_peak(runtime.device)
         start = time.perf_counter()
         for _ in range(args.steps):
             step()
         _wait(runtime)
         rate = args.steps * config.train.global_batch / (time.perf_counter() - start)
         saved = sum(piece.data.numel() * piece.data.element_size() for piece in trainer._pieces())
-        facts = runtime.gather((_peak(runtime.device), saved))
+        facts = runtime.gather((peak_bytes(runtime.device), saved))
         loader.close()
         trainer.close()
         runtime.barrier()
@@ -144,10 +144,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, entry in engines.items():
             own = [result["images_per_sec"] for result in turns[name]]
             base = [result["images_per_sec"] for result in turns["DDP"]]
-            entry["images_per_sec"] = statistics.median(own)
-            entry["to_ddp"] = statistics.median(a / b for a, b in zip(own, base, strict=True))
-            entry["to_ddp_turns"] = [a / b for a, b in zip(own, base, strict=True)]
-            entry["peak_bytes"] = max(result["peak_bytes"] for result in turns[name])
+            ratios = [a / b for a, b in zip(own, base, strict=True)]
+            entry["images_per_sec"], entry["images_per_sec_turns"] = statistics.median(own), own
+            entry["to_ddp"], entry["to_ddp_turns"] = statistics.median(ratios), ratios
+            entry["peak_bytes_turns"] = [result["peak_bytes"] for result in turns[name]]
+            entry["peak_bytes"] = max(entry["peak_bytes_turns"])
             entry["saved_bytes"] = turns[name][0]["saved_bytes"]
     return {
         "benchmark": "engines", "environment": environment(), "processes": args.processes, "batch_per_rank": args.batch,
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64 if gpus else 1, help="images per rank and step")
     parser.add_argument("--steps", type=int, default=20 if gpus else 4, help="timed steps per turn")
     parser.add_argument("--warmup", type=int, default=10 if gpus else 2)
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each engine")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each engine")
     parser.add_argument("--calculate", action="store_true", help="state by calculation only, nothing is run")
     parser.add_argument("--json", type=Path, help="write the report to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -24,21 +25,26 @@ PACKAGES = (
     "triton",
 )
 
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
 
 def environment() -> dict[str, Any]:
     """JSON-serialisable description of machine, software and command."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "hardware": {
             "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
             "cpu_bf16": cpu_has_bf16(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "gpus": gpus,
+            **({"driver": driver} if gpus and (driver := gpu_driver()) else {}),
             "load_average": os.getloadavg()[0],
         },
         "versions": {
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
+            **(_libraries() if gpus else {}),
             **{name: version for name in PACKAGES if (version := _version(name))},
         },
         "threads": torch.get_num_threads(),
@@ -52,6 +58,40 @@ def _command() -> str:
     words = iter(sys.argv[1:])
     kept = [word for word in words if not (word in ("--json", "--markdown") and next(words, None))]
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *kept])
+
+
+def gpu_driver() -> str | None:
+    """The version of the GPU's kernel driver, such as "570.124.06"; None where the system does not say."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+        if lines := done.stdout.split():
+            return lines[0]
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return driver_in(DRIVER_FILE.read_text()) if DRIVER_FILE.exists() else None
+
+
+def driver_in(text: str) -> str | None:
+    """The version in what the driver says of itself in /proc."""
+    found = re.search(r"^NVRM version:.*?\s(\d+(?:\.\d+)+)\s", text, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def _libraries() -> dict[str, str]:
+    """Versions of cuDNN and NCCL as torch loads them; those that it has."""
+    found = {}
+    if (number := torch.backends.cudnn.version()) is not None:
+        found["cudnn"] = cudnn_words(number)
+    if torch.distributed.is_nccl_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def cudnn_words(number: int) -> str:
+    """ "9.10.2" of 91002; before version 9 "8.9.7" of 8907."""
+    major, rest = divmod(number, 10_000 if number >= 90_000 else 1_000)
+    return f"{major}.{rest // 100}.{rest % 100}"
 
 
 def cpu_name() -> str:

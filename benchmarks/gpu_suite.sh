@@ -56,10 +56,13 @@ sampling() {
 }
 
 if [[ $parts == *" training "* ]]; then
-    step gpu_tests 150 "$python" -m pytest -q -m gpu --junitxml="$out/gpu_tests.xml" tests/test_gpu.py tests/test_gpu_data.py
+    step gpu_tests 150 "$python" -m pytest -q -m gpu --junitxml="$out/gpu_tests.xml" tests/test_gpu.py tests/test_gpu_data.py tests/test_gpu_step_graph.py
     throughput train_b256 110 --batch 256 --repeats 5 --steps 15 --no-reference
     throughput train_b128_vs_reference 120 --batch 128 --repeats 5 --steps 8
     throughput train_b32 60 --batch 32 --repeats 5 --steps 30 --no-reference
+    # Small batches per GPU: what the graph of the whole step saves (at least 2 times is wanted at 8 images).
+    throughput train_b8 50 --batch 8 --repeats 5 --steps 50 --no-reference
+    throughput train_b8_graph 60 --batch 8 --repeats 5 --steps 50 --no-reference train.cuda_graph=true
     step ema 30 "$python" -m benchmarks.ema --json "$out/ema.json"
     step checkpoint 70 "$python" -m benchmarks.checkpoint --repeats 2 --json "$out/checkpoint.json" train.compile=false
     throughput train_b256_eager 60 --batch 256 --repeats 3 --steps 10 --no-reference train.compile=false

@@ -80,7 +80,10 @@ def main(argv: list[str] | None = None) -> int:
             rows.append([name, str(epoch), f"{published:.4f}", f"{here:.4f}", f"{here / published - 1:+.1%}"])
     print(grid(rows))
     print(f"every epoch within {TOLERANCE:.0%}: {'yes' if good else 'no'}")
-    report = {"published": PUBLISHED, "measured": measured, "tolerance": TOLERANCE, "within": good, **environment()}
+    report = {
+        "benchmark": "published_losses", "environment": environment(), "images": a.images, "published": PUBLISHED,
+        "measured": measured, "tolerance": TOLERANCE, "within": good,
+    }  # fmt: skip
     write_report(a.json, report)
     return 0 if good else 1
 

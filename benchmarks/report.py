@@ -64,9 +64,8 @@ def _machine(folder: Folder) -> list[str]:
     ]
     if folder.on_gpu:
         lines.append(f"- GPU: {plain(folder.title)}")
-    driver = (hardware.model_extra or {}).get("driver")
     versions = [
-        *([f"driver {driver}"] if driver else []),
+        *([f"driver {folder.driver}"] if folder.driver else []),
         *(f"{name} {value}" for name, value in folder.versions.items()),
     ]
     return [*lines, f"- {plain(', '.join(versions))}"]

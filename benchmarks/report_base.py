@@ -24,6 +24,7 @@ class Hardware(Model):
     cpu_bf16: bool
     memory_gb: Positive
     gpus: list[str]
+    driver: str | None = None  # of the GPUs
     load_average: NotNegative
 
 

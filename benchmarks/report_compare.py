@@ -17,7 +17,7 @@ from ddpm_dist.errors import BAD_USAGE, FAILED, OK, UserError
 WORSE_BY = 0.02
 # What has to be alike for two runs of a benchmark to have measured the same thing.
 SAME = (
-    "device", "world_size", "batch_per_rank", "batch", "parameters", "image_size", "size", "network", "processes", "ranks",
+    "device", "world_size", "batch_per_rank", "batch", "batches", "parameters", "image_size", "size", "network", "processes", "ranks",
     "averages", "engine", "measured", "bytes_per_rank", "timesteps", "num", "config.data.image_size", "config.model.name",
     "config.data.source",
 )  # fmt: skip
@@ -26,15 +26,17 @@ NAMES = (
     "name", "system", "sampler", "captured", "mode", "nodes", "ranks", "global_batch", "batch", "guidance", "bytes", "samples", "kind",
     "point", "variant", "tokens", "heads", "head_dim", "channels", "dtype",
 )  # fmt: skip
-HIGHER = ("images_per_sec", "ratio", "tflops", "mfu", "efficiency", "recognized", "diversity")
+HIGHER = ("images_per_sec", "ratio", "tflops", "mfu", "mfu_nominal", "efficiency", "recognized", "diversity")
 LOWER = (
     "_s", "ms", "seconds", "_frac", "cpu_s_per_1000", "frechet", "peak_memory_gb", "peak_bytes", "saved_bytes", "bytes_per_rank",
+    "peak_memory_mb_per_image", "peak_mb_per_image", "to_best", "to_fused", "to_as_they_are",
 )  # fmt: skip
 # Loops, loaders and samplers of others stand in a report to be compared with: when they become slower, nothing of ours did.
 OTHERS = ("reference", "diffusers", "full copy", "Python loop")
 # Parts of a step that are next to nothing vary by factors; the step that they are in is judged.
-PARTS = ("wait_s", "data_wait_frac", "input_alone_s", "exposed_s", "exposed_frac", "save_copy_s")
-DETAILS = ("environment", "config", "code", "calculated")
+PARTS = ("wait_s", "data_wait_frac", "input_alone_s", "exposed_s", "exposed_frac", "save_copy_s", "data_frac", "logging_frac",
+         "logging_ms", "account_ms", "log_ms", "mlflow_ms")  # fmt: skip
+DETAILS = ("environment", "config", "code", "calculated", "step_percentiles")
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def better(name: str) -> int:
     others = any(other in where for other in OTHERS) or (where.startswith("entries[") and "ddpm_dist" not in where)
     if others or last in PARTS or last.startswith("torch_"):
         return 0
+    if last in LOWER:  # also what begins with to_
+        return -1
     if last.startswith("to_") or last in HIGHER or last.endswith("images_per_sec"):
         return 1
     return -1 if last.endswith(LOWER) or "_to_" in last or last.endswith("_in_steps") else 0
@@ -140,7 +144,7 @@ def refuse_different(old: Result, new: Result) -> None:
         refuse("the number of threads", old.environment.threads, new.environment.threads)
     for name in SAME:
         one, other = (_at(each.data, name) for each in (old, new))
-        if one != other and None not in (one, other):
+        if one != other and None not in (one, other) and not isinstance(one, dict):
             refuse(name, one, other)
 
 
@@ -157,7 +161,7 @@ def compare_results(old: Result, new: Result) -> bool:
         f"{old.benchmark}: {old.path} (commit {commit(old.environment.commit)}) -> {new.path} (commit {commit(new.environment.commit)})"
     )
     for title, one, other in (
-        ("versions", old.environment.versions, new.environment.versions),
+        ("versions", _versions(old), _versions(new)),
         ("settings", _settings(old.data), _settings(new.data)),
     ):
         changed = [f"{key} {one[key]} -> {other[key]}" for key in one if key in other and one[key] != other[key]]
@@ -180,6 +184,10 @@ def compare_results(old: Result, new: Result) -> bool:
     if any(only):
         print(f"  only in the first: {only[0]} number(s), only in the second: {only[1]}")
     return regression
+
+
+def _versions(result: Result) -> dict[str, str | None]:
+    return {"driver": result.environment.hardware.driver, **result.environment.versions}
 
 
 def _settings(data: dict[str, Any]) -> dict[str, Any]:

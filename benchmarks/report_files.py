@@ -74,6 +74,12 @@ class Folder:
         cores = max(result.environment.hardware.cores for result in self.results)
         return f"{cores} core{'s' * (cores != 1)} of {hardware.cpu}"
 
+    @property
+    def driver(self) -> str | None:
+        """The GPU driver that all results have alike."""
+        found = {result.environment.hardware.driver for result in self.results}
+        return found.pop() if len(found) == 1 else None
+
     @cached_property
     def versions(self) -> dict[str, str]:
         """The versions that all results have alike."""

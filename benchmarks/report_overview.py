@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 from benchmarks.report_files import Folder, Result
 from benchmarks.report_tables import workload
-from benchmarks.report_text import NOT_YET, many, number, percent, plain, span
+from benchmarks.report_text import NOT_YET, many, number, percent, plain, share, span, with_span
 from benchmarks.scaling_table import markdown
+
+SMALL = 16  # images per rank up to which launching kernels takes longer than running them
+OUR_LOADER = "ddpm_dist, cpu"
 
 
 def beside_reference(folder: Folder) -> Result | None:
@@ -47,7 +50,68 @@ def _mfu(folder: Folder) -> str | None:
     if found is None:
         return None
     peak = f"{number(found.peak_tflops_per_device)} TFLOP/s, {plain(found.peak_source)}"
+    if found.ddpm_dist.mfu_nominal:
+        peak += (
+            f"; {percent(found.ddpm_dist.mfu_nominal)} of the data sheet's {number(found.nominal_tflops_per_device)}"
+        )
     return f"{percent(found.ddpm_dist.mfu)} ({peak})"
+
+
+def _data_wait(folder: Folder) -> str | None:
+    waits = [result.found.ddpm_dist.data_wait_frac for result in folder.of("train_throughput")]
+    return f"{percent(max(waits))} (the most of {many(len(waits), 'report')})" if waits else None
+
+
+def _part(name: str) -> Callable[[Folder], str | None]:
+    """What a part takes of the step, at the largest batch."""
+
+    def cell(folder: Folder) -> str | None:
+        found = max(
+            (r.found for r in folder.of("train_throughput") if getattr(r.found, name) is not None),
+            key=lambda f: f.batch_per_rank,
+            default=None,
+        )
+        if found is None:
+            return None
+        return f"{share(getattr(found, name), getattr(found, f'{name}_turns'))}, batch {found.batch_per_rank}"
+
+    return cell
+
+
+def _memory(folder: Folder) -> str | None:
+    for result in folder.of("activations"):
+        found = result.found
+        return f"{found.ratio:.2f} ({number(found.peak_mb_per_image)} to {number(found.minimum_mb_per_image)} MB per image)"
+    return None
+
+
+def _kernels(folder: Folder) -> str | None:
+    steps = [
+        (step.to_best, name)
+        for result in folder.of("kernels")
+        for name, step in (result.found.steps or {}).items()
+        if not name.startswith("reference")
+    ]
+    return f"{min(steps)[0]:.2f} ({plain(min(steps)[1])})" if steps else None
+
+
+def _graph(folder: Folder) -> str | None:
+    """The rung of the ladder that makes the step one graph, at a batch where launching counts."""
+    for result in folder.of("ladder"):
+        for rung in result.found.rungs:
+            if "graph" in rung.name and rung.to_before and result.found.batch <= SMALL:
+                return f"{rung.to_before:.2f} (batch {result.found.batch})"
+    return None
+
+
+def _startup(folder: Folder) -> str | None:
+    for result in folder.of("startup"):
+        found = result.found
+        first, second = (found.starts[kind].until_first_step_s for kind in ("first", "second"))
+        return (
+            f"{second:.1f} s, the first {first:.1f} s ({plain(found.network)}, {found.image_size}x{found.image_size})"
+        )
+    return None
 
 
 def _ladder(folder: Folder) -> str | None:
@@ -68,6 +132,21 @@ def _loader(folder: Folder) -> str | None:
         return None
     rate, name, size = max(entries)
     return f"{number(rate)} ({plain(name)}, {size}x{size})"
+
+
+def _loader_to(key: str) -> Callable[[Folder], str | None]:
+    """Our loader on the CPU without a cache, the first of the report, to another one at equal cores."""
+
+    def cell(folder: Folder) -> str | None:
+        found = [
+            f"{with_span(getattr(each, key))}, {result.found.size}x{result.found.size}"
+            for result in folder.of("loader")
+            for each in result.found.entries
+            if each.name == OUR_LOADER and each.problem is None and getattr(each, key) is not None
+        ]
+        return "; ".join(found) or None
+
+    return cell
 
 
 def _sampling(sampler: str, ratio: bool) -> Callable[[Folder], str | None]:
@@ -106,8 +185,17 @@ PROMISES: list[tuple[str, Callable[[Folder], str | None]]] = [
     ("training, images/s", _fastest),
     ("training, to the reference loop in the same run", _to_reference),
     ("training, MFU", _mfu),
+    ("training step, to the sum of its kernels, each the best way", _kernels),
+    ("training step as one CUDA graph, to without, small batch", _graph),
+    ("training, waiting for data", _data_wait),
+    ("training, share of the averages (EMA)", _part("ema_frac")),
+    ("training, share of logging and tracking", _part("logging_frac")),
+    ("training, peak memory to the least that autograd keeps", _memory),
+    ("second start of a compiled run, to its first step", _startup),
     ("last rung of the ladder that ran, to the reference loop", _ladder),
     ("our loader, images/s", _loader),
+    ("our loader, to DALI's own reader", _loader_to("to_dali")),
+    ("our loader, to webdataset and DataLoader", _loader_to("to_webdataset")),
     ("`ddpm` sampling, to the original loop step for step", _sampling("ddpm", ratio=True)),
     ("`dpmpp_2m --steps 20` sampling, images/s", _sampling("dpmpp_2m:20", ratio=False)),
     ("update of the averages", _ema),

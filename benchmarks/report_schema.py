@@ -7,53 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from benchmarks.report_base import Count, Model, NotNegative, Numbers, Positive, Real, Report, in_config, in_order
-
-
-class Loop(Model):
-    """One contender of train_throughput."""
-
-    images_per_sec: Positive
-    images_per_sec_lowest: Positive
-    images_per_sec_highest: Positive
-    step_ms: Positive
-    data_wait_frac: NotNegative
-    peak_memory_gb: NotNegative
-    tflops: Positive
-    mfu: Positive | None
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Loop:
-        in_order(self.images_per_sec_lowest, self.images_per_sec, self.images_per_sec_highest)
-        return self
-
-
-class Training(Report):
-    config: dict[str, Any]
-    device: str
-    world_size: Count
-    batch_per_rank: Count
-    turns: Count
-    training_gflop_per_image: Positive
-    peak_tflops_per_device: NotNegative
-    peak_source: str
-    memory: str
-    ddpm_dist: Loop
-    reference: Loop | None = None
-    ratio: Positive | None = None
-    ratio_lowest: Positive | None = None
-    ratio_highest: Positive | None = None
-    reference_skipped: str | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> Training:
-        in_config(self.config, "data.source", "model.name", "train.precision")
-        in_config(self.config, "data.image_size", kind=int)
-        ratios = (self.ratio_lowest, self.ratio, self.ratio_highest)
-        if self.reference is not None and None in ratios:
-            raise ValueError("a reference without ratio, ratio_lowest and ratio_highest")
-        if self.ratio is not None and None not in ratios:
-            in_order(*ratios)
-        return self
+from benchmarks.report_schema_step import Activations, Kernels, Startup, Training
 
 
 class Rung(Numbers):
@@ -86,19 +40,6 @@ class Ladder(Report):
     upsampling: list[Part] = []
 
 
-class LoaderEntry(Numbers):
-    name: str
-    images_per_sec: Positive | None = None
-    lowest: Positive | None = None
-    highest: Positive | None = None
-    cpu_s_per_1000: NotNegative | None = None
-
-
-class Loader(Report):
-    size: Count
-    entries: Annotated[list[LoaderEntry], Field(min_length=1)]
-
-
 class Ratio(Model):
     median: Positive
     lowest: Positive
@@ -108,6 +49,21 @@ class Ratio(Model):
     def _ordered(self) -> Ratio:
         in_order(self.lowest, self.median, self.highest)
         return self
+
+
+class LoaderEntry(Numbers):
+    name: str
+    images_per_sec: Positive | None = None
+    lowest: Positive | None = None
+    highest: Positive | None = None
+    cpu_s_per_1000: NotNegative | None = None
+    to_dali: Ratio = None  # left out where there is none
+    to_webdataset: Ratio = None  # left out where there is none
+
+
+class Loader(Report):
+    size: Count
+    entries: Annotated[list[LoaderEntry], Field(min_length=1)]
 
 
 class SamplingEntry(Numbers):
@@ -272,21 +228,8 @@ class Scaling(Report):
         return self
 
 
-class Kernel(Model):
-    name: str
-    flop_per_byte: Positive  # arithmetic intensity
-    tflops: Positive
-
-
-class Kernels(Report):
-    """For the roofline: both roofs measured in the same run."""
-
-    peak_tflops: Positive
-    peak_gb_per_sec: Positive
-    kernels: Annotated[list[Kernel], Field(min_length=1)]
-
-
 SCHEMAS: dict[str, type[Report]] = {
     "train_throughput": Training, "ladder": Ladder, "loader": Loader, "sampling": Sampling, "sampler_quality": Quality,
     "ema": Ema, "checkpoint": Checkpoint, "engines": Engines, "scaling": Scaling, "kernels": Kernels,
+    "activations": Activations, "startup": Startup,
 }  # fmt: skip

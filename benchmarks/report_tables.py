@@ -7,57 +7,11 @@ from typing import Any
 
 from benchmarks.report_files import Folder, Result
 from benchmarks.report_schema import Part
-from benchmarks.report_text import Page, gigabytes, many, number, percent, plain, span
+from benchmarks.report_tables_step import activations, arithmetic, kernels, startup, training, workload
+from benchmarks.report_text import Page, gigabytes, many, number, percent, plain, span, with_span
 from benchmarks.sampling_table import markdown as sampling_markdown
 from benchmarks.scaling_table import markdown
 from benchmarks.scaling_table import table as scaling_markdown
-
-
-def workload(config: dict[str, Any]) -> str:
-    """ "flagship, 64x64" for the network of cifar64.yaml as it is, else the network and what is set of it."""
-    chosen = [f"{key.removeprefix('model.')}={config[key]}" for key in config if key.startswith("model.")]
-    name = "flagship" if chosen == ["name=unet_conditional"] else " ".join([config["model.name"], *chosen[1:]])
-    return f"{plain(name)}, {config['data.image_size']}x{config['data.image_size']}"
-
-
-def arithmetic(config: dict[str, Any]) -> str:
-    """Such as "bf16, channels_last, compile"."""
-    return ", ".join(
-        [config["train.precision"], *(name for name in ("channels_last", "compile") if config.get(f"train.{name}"))]
-    )
-
-
-def training(folder: Folder, page: Page) -> list[str]:
-    rows = [(
-        "network", "batch per rank", "ranks", "loop", "images/s", "lowest .. highest", "step", "waiting for data", "peak memory",
-        "TFLOP/s", "MFU", "to the reference",
-    )]  # fmt: skip
-    results = sorted(folder.of("train_throughput"), key=lambda r: (r.found.batch_per_rank, r.found.world_size))
-    for found in (result.found for result in results):
-        for name, loop in (
-            (f"ddpm_dist, {arithmetic(found.config)}", found.ddpm_dist),
-            ("reference, fp32", found.reference),
-        ):
-            if loop is None:
-                continue
-            ours = loop is found.ddpm_dist
-            ratio = f"{found.ratio:.2f} ({span(found.ratio_lowest, found.ratio_highest)})" if found.ratio else "-"
-            rows.append((
-                workload(found.config), str(found.batch_per_rank), str(found.world_size), name, number(loop.images_per_sec),
-                span(loop.images_per_sec_lowest, loop.images_per_sec_highest), f"{loop.step_ms:.1f} ms",
-                percent(loop.data_wait_frac), f"{loop.peak_memory_gb:.2f} GB" if loop.peak_memory_gb else "-",
-                f"{loop.tflops:.3g}", percent(loop.mfu) if loop.mfu else "-", ratio if ours else "",
-            ))  # fmt: skip
-    lines = [*markdown(rows), ""]
-    for result in results:
-        found = result.found
-        reason = f"; without the reference: {plain(found.reference_skipped)}" if found.reference_skipped else ""
-        lines.append(
-            f"- {page.source(result, folder)}; {found.turns} turns, {plain(found.config['data.source'])} data, "
-            f"{found.training_gflop_per_image:.2f} GFLOP per training image, MFU of {number(found.peak_tflops_per_device)} "
-            f"TFLOP/s ({plain(found.peak_source)}), memory: {plain(found.memory)}{reason}"
-        )
-    return lines
 
 
 def ladder(folder: Folder, page: Page) -> list[str]:
@@ -102,15 +56,21 @@ def _listed(value: Any) -> str:
 def loader(folder: Folder, page: Page) -> list[str]:
     lines = []
     for result in folder.of("loader"):
-        rows = [("loader", "images/s", "lowest .. highest", "CPU seconds per 1,000 images")]
+        rows = [(
+            "loader", "images/s", "lowest .. highest", "CPU seconds per 1,000 images", "to DALI's own reader", "to webdataset",
+        )]  # fmt: skip
         for each in result.found.entries:
             if each.problem is not None:
-                rows.append((plain(each.name), plain(each.problem), "-", "-"))
+                rows.append((plain(each.name), plain(each.problem), *["-"] * 4))
                 continue
             cpu = "-" if each.cpu_s_per_1000 is None else f"{each.cpu_s_per_1000:.3g}"
-            rows.append((plain(each.name), number(each.images_per_sec), span(each.lowest, each.highest), cpu))
-        size = result.found.size
-        lines += ["", f"JPEGs of {size}x{size} pixels.", "", *markdown(rows), *page.sources([result], folder)]
+            ratios = ["-" if one is None else with_span(one) for one in (each.to_dali, each.to_webdataset)]
+            rows.append((plain(each.name), number(each.images_per_sec), span(each.lowest, each.highest), cpu, *ratios))
+        more = result.found.model_extra or {}
+        cores = f", {many(more['cores'], 'core')} for each loader" if isinstance(more.get("cores"), int) else ""
+        limits = ["", f"{plain(more['limits'])}."] if more.get("limits") else []
+        head = f"JPEGs of {result.found.size}x{result.found.size} pixels{cores}."
+        lines += ["", head, "", *markdown(rows), *limits, *page.sources([result], folder)]
     return lines[1:]
 
 
@@ -215,26 +175,15 @@ def scaling(folder: Folder, page: Page) -> list[str]:
     return lines[1:]
 
 
-def kernels(folder: Folder, page: Page) -> list[str]:
-    lines = []
-    for result in folder.of("kernels"):
-        found = result.found
-        rows = [("kernel", "FLOP per byte", "TFLOP/s", "of its roof")]
-        for kernel in found.kernels:
-            roof = min(found.peak_tflops, kernel.flop_per_byte * found.peak_gb_per_sec / 1e3)
-            rows.append(
-                (plain(kernel.name), number(kernel.flop_per_byte), number(kernel.tflops), percent(kernel.tflops / roof))
-            )
-        head = f"Roofs of the same run: {number(found.peak_tflops)} TFLOP/s, {number(found.peak_gb_per_sec)} GB/s."
-        lines += ["", head, "", *markdown(rows), *page.sources([result], folder)]
-    return lines[1:]
-
+__all__ = ["SECTIONS", "arithmetic", "ema_rows", "workload"]
 
 # In the order of the report: benchmark, heading, tables, and the plot that follows (see report_plots).
 SECTIONS: list[tuple[str, str, Callable[[Folder, Page], list[str]], str | None]] = [
     ("train_throughput", "Training throughput", training, "throughput"),
     ("ladder", "Ladder: from the reference loop to ours, one switch at a time", ladder, "ladder"),
     ("kernels", "Roofline", kernels, "roofline"),
+    ("activations", "Memory of a step", activations, None),
+    ("startup", "Start of a run", startup, None),
     ("loader", "Loader", loader, None),
     ("sampling", "Sampling", sampling, None),
     ("sampler_quality", "Quality of the samplers", quality, None),

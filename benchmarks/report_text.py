@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from benchmarks.report_files import Folder, Result
@@ -31,6 +32,9 @@ class Page:
             many(environment.threads, "thread"),
             f"load average {environment.hardware.load_average:.1f}",
         ]
+        driver = environment.hardware.driver
+        if driver and driver != folder.driver:
+            words.append(f"driver {driver}")
         for name, version in environment.versions.items():
             if version and name not in folder.versions:
                 words.append(f"{name} {version}")
@@ -70,7 +74,19 @@ def span(low: float, high: float) -> str:
 
 def percent(share: float) -> str:
     value = 100 * share
-    return f"{value:.0f} %" if value >= 10 else f"{value:.2g} %"
+    return f"{value:.0f} %" if abs(value) >= 10 else f"{value:.2g} %"
+
+
+def with_span(ratio: Any) -> str:
+    """A ``report_schema.Ratio``: the median, and the turns in brackets."""
+    return f"{ratio.median:.2f} ({span(ratio.lowest, ratio.highest)})"
+
+
+def share(value: float | None, turns: list[float] | None) -> str:
+    """A share of something with its turns, as percent; "-" where there is none. Differences can be below 0."""
+    if value is None:
+        return "-"
+    return percent(value) + (f" ({percent(min(turns))} .. {percent(max(turns))})" if turns else "")
 
 
 def gigabytes(size: float) -> str:

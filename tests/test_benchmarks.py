@@ -19,12 +19,19 @@ def report(tmp_path, module: str, *arguments: str, ranks: int = 0) -> tuple[dict
     return json.loads(target.read_text()), done.stdout
 
 
+def spread(found: dict, name: str, turns: int) -> bool:
+    """Whether the number lies within its turns, so that two reports can be compared."""
+    values = found[f"{name}_turns"]
+    return len(values) == turns and min(values) <= found[name] <= max(values)
+
+
 def test_averages(tmp_path):
     found, text = report(tmp_path, "ema", "--ranks", "4", "--steps", "2", "--repeats", "2", "--averages", "3")
     sharded, full, loop = found["ways"].values()
     assert full["bytes_per_rank"] == loop["bytes_per_rank"] == 3 * 4 * found["parameters"] == 3 * 4 * 15_705
     assert sharded["bytes_per_rank"] == pytest.approx(full["bytes_per_rank"] / 4, rel=0.05)
     assert all(way["update_ms"] > 0 for way in found["ways"].values()) and "sharded over 4" in text
+    assert all(spread(way, "update_ms", 2) and spread(way, "times_sharded", 2) for way in found["ways"].values())
 
 
 def test_checkpoints(tmp_path):
@@ -35,6 +42,8 @@ def test_checkpoints(tmp_path):
         4 * 15_705 * 5 / 2, rel=0.1
     )  # parameters, two moments, two averages
     assert "torch.load" in text
+    for name in ("save_stall_s", "resume_s", "stall_in_steps", "stall_to_torch_save", "resume_to_torch_load", "step_s"):
+        assert len(found[f"{name}_turns"]) == 2 and (name == "step_s" or spread(found, name, 2))
 
 
 @pytest.mark.slow
@@ -44,6 +53,7 @@ def test_engines(tmp_path):
     assert list(found["engines"]) == ["DDP", "ZeRO-2"]
     for name, entry in found["engines"].items():
         assert entry["images_per_sec"] > 0 and name in text
+        assert spread(entry, "images_per_sec", 1) and spread(entry, "peak_bytes", 1)
         assert entry["saved_bytes"] == pytest.approx(entry["calculated"]["saved"], rel=0.1)
     assert found["engines"]["DDP"]["to_ddp"] == 1.0
 

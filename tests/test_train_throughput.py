@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.reference import ReferenceLoop, write_image_folder
-from benchmarks.train_throughput import parse, settings, table, why_no_reference
+from benchmarks.report_schema import Training
+from benchmarks.train_throughput import main, parse, settings, table, why_no_reference
 from ddpm_dist.config import load_config
 from ddpm_dist.errors import UserError
 
@@ -46,16 +47,24 @@ def pack(tmp_path):
 @pytest.mark.slow
 def test_both_loops_are_timed_on_packed_images_and_the_report_is_whole(tmp_path):
     shards = pack(tmp_path)
-    report, printed = benchmark(tmp_path, "--source", "shards", f"data.shards={shards}", *TINY)
-    for name in ("ddpm_dist", "reference"):
+    report, printed = benchmark(tmp_path, "--source", "shards", "--mlflow", f"data.shards={shards}", *TINY)
+    Training.model_validate(report)
+    for name in ("ddpm_dist", "compute_only", "reference"):
         part = report[name]
         assert len(part["images_per_sec_turns"]) == 2
         assert part["images_per_sec_lowest"] <= part["images_per_sec"] <= part["images_per_sec_highest"]
         assert part["step_ms"] == pytest.approx(4e3 / part["images_per_sec"], rel=0.5)
         assert 0 <= part["data_wait_frac"] <= 1
         assert part["peak_memory_gb"] > 0.05
-        assert part["mfu"] > 0
-    assert report["reference"]["data_wait_frac"] > 0
+        assert part["mfu"] > 0 and part["mfu_nominal"] is None
+        assert part["step_percentiles"]["steps"] == 2 and part["step_percentiles"]["p50_ms"] > 0
+    assert report["reference"]["data_wait_frac"] > 0 and report["compute_only"]["data_wait_frac"] == 0
+    for name in ("data", "ema", "logging"):
+        assert len(report[f"{name}_frac_turns"]) == 2 and report[f"{name}_frac"] < 1
+    assert report["ema_ms"] > 0 and report["aten_ops_per_step"] > 300
+    every = report["log_every"] == 50 and (report["log_ms"] + report["mlflow_ms"]) / 50
+    assert report["logging_ms"] == pytest.approx(report["account_ms"] + every, rel=0.5) and report["mlflow_ms"] > 0
+    assert "matrix product" in report["peak_source"] and report["nominal_tflops_per_device"] is None
     assert report["ratio_lowest"] <= report["ratio"] <= report["ratio_highest"]
     assert report["config"]["data.shards"] == str(shards)
     assert report["environment"]["versions"]["torch"] in torch.__version__
@@ -63,6 +72,21 @@ def test_both_loops_are_timed_on_packed_images_and_the_report_is_whole(tmp_path)
     assert "times the baseline" in printed
     assert printed.strip() == table(report).strip()
     assert not list(tmp_path.glob("*.incomplete"))
+
+
+@pytest.mark.slow
+def test_each_size_has_a_report_of_its_own(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    words = ["--batch", "2,3", "--steps", "1", "--repeats", "1", "--warmup", "0", "--no-reference"]
+    small = ["data.image_size=8", "model.width=8", "model.channel_mults=[1,2]", "model.attention_levels=[1]"]
+    assert main([*words, "--json", str(tmp_path / "train.json"), *small]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train_b2.json", "train_b3.json"]
+    printed = capfd.readouterr().out
+    for batch in (2, 3):
+        report = json.loads((tmp_path / f"train_b{batch}.json").read_text())
+        assert report["batch_per_rank"] == batch == report["config"]["train.global_batch"]
+        assert f"--batch {batch} " in report["environment"]["command"]
+        assert table(report) in printed
 
 
 @pytest.mark.slow
