@@ -72,7 +72,7 @@ def test_pixels_are_those_of_streaming_to_the_bit(request, which, crop, options)
 def test_every_image_is_decoded_once(shapes, monkeypatch):
     read = []
     monkeypatch.setattr(
-        Index, "read", lambda self, sample, real=Index.read: (read.append(sample), real(self, sample))[1]
+        Index, "read_many", lambda self, ids, real=Index.read_many: (read.extend(ids.tolist()), real(self, ids))[1]
     )
     monkeypatch.setattr(cache, "FILL", 16)
     batches(shapes, Data(image_size=24, num_classes=10), "host")

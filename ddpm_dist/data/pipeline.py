@@ -11,10 +11,8 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,12 +24,13 @@ from ddpm_dist.data import augment
 from ddpm_dist.data.cache import Cache
 from ddpm_dist.data.decoder import Decoder
 from ddpm_dist.data.order import BatchPlan, SampleOrder
+from ddpm_dist.data.reading import Reader
 from ddpm_dist.data.shards import Index
 from ddpm_dist.errors import UserError
 from ddpm_dist.runtime import Runtime
 
 PREFETCH = 3  # micro-batches that wait decoded
-_READERS = 4
+T = TypeVar("T")
 
 
 @dataclass
@@ -149,41 +148,32 @@ def shard_batches(
         for step in steps
         for slots in (plan.slots(runtime.rank, micro) for micro in range(plan.accumulation))
     )
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="reader") as pool:
+    with Reader(index) as read:
         if cache != "none":
-            kept = Cache(
-                index, settings, plan.micro_batch, runtime.device, decoder, cache, partial(_files, index, pool)
-            )
+            kept = Cache(index, settings, plan.micro_batch, runtime.device, decoder, cache, read)
             for step, slots, epochs, ids in wanted:
                 yield MicroBatch(step, slots, ids, *kept(ids, *_treatment(index, settings, seed, epochs, ids)))
             return
         decode = Decoder(index, settings, plan.micro_batch, runtime.device, decoder)
-        pending: list[tuple] = []
+        reading = _ahead((step, slots, epochs, ids, read.start(ids)) for step, slots, epochs, ids in wanted)
 
-        def finish(
-            step: int, slots: np.ndarray, epochs: np.ndarray, ids: np.ndarray, parts: list[Future]
-        ) -> MicroBatch:
-            files = [data for part in parts for data in _result(part)]
-            return MicroBatch(step, slots, ids, *decode(ids, files, *_treatment(index, settings, seed, epochs, ids)))
+        def started() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+            for step, slots, epochs, ids, files in reading:
+                decode.start(ids, files(), *_treatment(index, settings, seed, epochs, ids))
+                yield step, slots, ids
 
-        for step, slots, epochs, ids in wanted:
-            pending.append((step, slots, epochs, ids, _reading(index, pool, ids)))
-            if len(pending) == 2:  # the bytes of the next micro-batch are on their way while this one is decoded
-                yield finish(*pending.pop(0))
-        for item in pending:
-            yield finish(*item)
+        for begun in _ahead(started()):
+            yield MicroBatch(*begun, *decode.finish())
 
 
-def _reading(index: Index, pool: ThreadPoolExecutor, ids: np.ndarray) -> list[Future]:
-    return [pool.submit(_read, index, part) for part in np.array_split(ids, min(_READERS, len(ids)))]
-
-
-def _files(index: Index, pool: ThreadPoolExecutor, ids: np.ndarray) -> list[np.ndarray]:
-    return [data for part in _reading(index, pool, ids) for data in _result(part)]
-
-
-def _read(index: Index, ids: np.ndarray) -> list[np.ndarray]:
-    return [np.frombuffer(index.read(int(sample)), dtype=np.uint8) for sample in ids]
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; before one is given the next is taken, so that what taking it begins goes on meanwhile."""
+    before = next(items, None)
+    if before is not None:
+        for item in items:
+            yield before
+            before = item
+        yield before
 
 
 def _treatment(
@@ -197,14 +187,6 @@ def _treatment(
     mirror = (uniform[:, -1] < 0.5) if settings.flip else np.zeros(len(ids), dtype=bool)
     labels = rows["label"] if settings.num_classes is not None else np.full(len(ids), -1)
     return windows, mirror, labels.astype(np.int64)
-
-
-def _result(future: Future) -> list[np.ndarray]:
-    try:
-        return future.result()
-    except UserError as error:
-        error.one_rank = True  # the other ranks read other samples
-        raise
 
 
 SYNTHETIC_SAMPLES = 50_000

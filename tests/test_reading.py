@@ -1,0 +1,136 @@
+"""Files of a micro-batch: by one thread while that is quick, by several where storage makes them wait; always the same files."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_dist.config import Data
+from ddpm_dist.data import reading
+from ddpm_dist.data.order import plan_batches
+from ddpm_dist.data.pipeline import _ahead, shard_batches
+from ddpm_dist.data.reading import CALM, READERS, SLOW, Reader
+from ddpm_dist.data.shards import Index
+from ddpm_dist.errors import UserError
+from ddpm_dist.pack import pack
+from ddpm_dist.runtime import Runtime
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory) -> Index:
+    folder = tmp_path_factory.mktemp("reading") / "shapes"
+    pack("shapes", folder, size=16, num=60, samples_per_shard=25, workers=1)
+    return Index.load(folder)
+
+
+@pytest.fixture
+def storage(monkeypatch):
+    """Every file takes as long as ``delay`` says; ``at_once``: the most threads that were waiting together."""
+
+    class Storage:
+        delay, at_once, names = 0.0, 0, set()
+
+        def __init__(self) -> None:
+            self._now, self._lock, self._real = 0, threading.Lock(), Index._pread
+
+        def pread(self, index: Index, *where: int) -> bytes:
+            with self._lock:
+                self._now += 1
+                self.at_once = max(self.at_once, self._now)
+                self.names.add(threading.current_thread().name)
+            time.sleep(self.delay)
+            with self._lock:
+                self._now -= 1
+            return self._real(index, *where)
+
+    made = Storage()
+    monkeypatch.setattr(Index, "_pread", lambda self, *where: made.pread(self, *where))
+    return made
+
+
+def plain(index: Index, ids: np.ndarray) -> list[bytes]:
+    return [index.read(int(sample)) for sample in ids]
+
+
+def test_files_come_in_the_order_that_was_asked_for(index):
+    ids = np.random.default_rng(0).permutation(60)
+    for slow in (False, True):
+        with Reader(index, slow) as read:
+            assert [file.tobytes() for file in read(ids)] == plain(index, ids)
+            assert [file.tobytes() for file in read(ids[:1])] == plain(index, ids[:1])
+            assert [file.tobytes() for file in read(ids[[5, 5]])] == plain(index, ids[[5, 5]])
+
+
+def test_slow_storage_is_asked_by_several_threads_and_quick_one_by_none(index, storage, monkeypatch):
+    monkeypatch.setattr(reading, "QUICK", 1e-3)  # a loaded machine is not taken for slow storage
+    ids = np.arange(40)
+    with Reader(index) as read:
+        storage.delay = 5 * SLOW
+        begin = time.monotonic()
+        first = read.start(ids)
+        assert storage.at_once == 0  # nothing yet: the loader's own thread will do it
+        first()
+        alone = time.monotonic() - begin
+        assert read.slow and storage.at_once == 1 and storage.names == {threading.current_thread().name}
+        begin = time.monotonic()
+        second = read.start(ids)
+        time.sleep(0.01)
+        assert storage.at_once == READERS  # they have begun, although nobody waits for them
+        assert [file.tobytes() for file in second()] == plain(index, ids)
+        assert time.monotonic() - begin - 40 * storage.delay < 0.6 * alone  # the plain reading is in it
+        storage.delay = 0.0
+        for _ in range(CALM):
+            read(ids)
+        assert not read.slow
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_is_damaged_is_named_and_only_of_this_rank(index, tmp_path, slow):
+    import shutil
+
+    shutil.copytree(index.folder, tmp_path / "copy")
+    shard = tmp_path / "copy" / index.shards[1].name
+    data = bytearray(shard.read_bytes())
+    data[int(index.samples["offset"][30]) + 20] ^= 1
+    shard.write_bytes(data)
+    damaged = Index.load(tmp_path / "copy")
+    with Reader(damaged, slow) as read:
+        read(np.arange(30))
+        with pytest.raises(UserError, match=index.key_of(30)) as caught:
+            read(np.arange(20, 40))
+        assert caught.value.one_rank
+
+
+def test_a_run_sees_the_same_whether_storage_is_slow_or_not(index, storage):
+    settings, plan = Data(image_size=16, num_classes=10, flip=True), plan_batches(8, None, 1)
+    rank = Runtime(0, 1, 0, torch.device("cpu"), None)
+
+    def run():
+        return [
+            (each.step, each.ids.tolist(), each.pixels.numpy().tobytes(), each.labels.tolist())
+            for each in shard_batches(index, settings, plan, rank, 3, range(12), "cpu")
+        ]
+
+    quick = run()
+    storage.delay = 2 * SLOW
+    assert run() == quick and len(quick) == 12
+    assert any(name.startswith("reader") for name in storage.names)
+
+
+def test_ahead_takes_one_item_more_than_it_has_given():
+    taken = []
+
+    def items(count):
+        for number in range(count):
+            taken.append(number)
+            yield number
+
+    ahead = _ahead(items(3))
+    assert next(ahead) == 0 and taken == [0, 1]
+    assert next(ahead) == 1 and taken == [0, 1, 2]
+    assert list(ahead) == [2]
+    assert list(_ahead(items(0))) == [] and list(_ahead(items(1))) == [0]
