@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, without a network: GPU tests, then benchmarks; one JSON report each.
-#   OUT=folder bash benchmarks/gpu_suite.sh [training] [sampling] [engines] [ladder]
-# Parts: training (GPU tests, training, averages, checkpoints), sampling (every sampler, captured and eager), engines (DDP and ZeRO,
-# scaling over the GPUs of this machine), ladder (from the original loop to ours). Without arguments all of them. Each part is done within ten minutes.
+#   OUT=folder bash benchmarks/gpu_suite.sh [training] [kernels] [sampling] [data] [engines] [startup]
+# Parts: training (GPU tests, training, averages, checkpoints), kernels (the ladder from the original loop to ours, every kernel under the
+# roofline, memory of activations), sampling (every sampler, captured and eager), data (loaders), engines (DDP and ZeRO, scaling over the
+# GPUs of this machine), startup (first and second start). Without arguments all of them. Each part is done within ten minutes.
 # Default OUT: benchmarks/results/<GPU name>. Every step has a time limit of its own, and a step that fails does not keep the others from
 # running. The exit code is 1 if any did.
 # Needs torch, numpy, pydantic, pyyaml, safetensors, pillow, tqdm and pytest; what wants DALI, diffusers or DeepSpeed does without, and says so.
@@ -11,10 +12,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-parts=" ${*:-training sampling engines ladder} "
+parts=" ${*:-training kernels sampling data engines startup} "
 for part in $parts; do
-    if [[ ! $part =~ ^(training|sampling|engines|ladder)$ ]]; then
-        echo "error: unknown part '$part': training, sampling, engines, ladder" >&2
+    if [[ ! $part =~ ^(training|kernels|sampling|data|engines|startup)$ ]]; then
+        echo "error: unknown part '$part': training, kernels, sampling, data, engines, startup" >&2
         exit 2
     fi
 done
@@ -78,8 +79,24 @@ if [[ $parts == *" sampling "* ]]; then
     sampling sampling_b1_compiled 90 --batches 1 --guidance 3 --samplers ddpm,dpmpp_2m:20 --compile --no-reference --no-diffusers
 fi
 
-if [[ $parts == *" ladder "* ]]; then
-    step ladder 180 "$python" -m benchmarks.ladder --batch 64 --steps 5 --json "$out/ladder.json"
+if [[ $parts == *" kernels "* ]]; then
+    step ladder 200 "$python" -m benchmarks.ladder --batch 64 --steps 5 --json "$out/ladder.json"
+    step kernels 230 "$python" -m benchmarks.kernels --batch 256 --compile --json "$out/kernels.json"
+    step activations 50 "$python" -m benchmarks.activations --json "$out/activations.json"
+    step activations_compiled 100 "$python" -m benchmarks.activations --compile --json "$out/activations_compiled.json"
+fi
+
+if [[ $parts == *" data "* ]]; then
+    if "$python" -c 'import nvidia.dali' 2>/dev/null; then
+        step loader 230 "$python" -m benchmarks.loader --json "$out/loader.json"
+        step loader_256 230 "$python" -m benchmarks.loader --size 256 --json "$out/loader_256.json"
+    else
+        echo "loader                       skipped: DALI is not installed"
+    fi
+fi
+
+if [[ $parts == *" startup "* ]]; then
+    step startup 580 "$python" -m benchmarks.startup --repeats 3 --json "$out/startup.json"
 fi
 
 if [[ $parts == *" engines "* ]]; then
