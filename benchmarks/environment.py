@@ -28,6 +28,26 @@ PACKAGES = (
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
+def _processor_ticks() -> tuple[int, int] | None:
+    """(stolen, all) since the machine was started, see proc_stat(5); stolen: what a hypervisor gave to other machines meanwhile."""
+    try:
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        return int(words[7]), sum(map(int, words))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+_AT_START = _processor_ticks()
+
+
+def stolen_share() -> float | None:
+    """Share of this machine's processor time that its host gave to others since this module was imported; None: it does not say."""
+    now = _processor_ticks()
+    if _AT_START is None or now is None or now[1] == _AT_START[1]:
+        return None
+    return (now[0] - _AT_START[0]) / (now[1] - _AT_START[1])
+
+
 def environment() -> dict[str, Any]:
     """JSON-serialisable description of machine, software and command."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -40,6 +60,7 @@ def environment() -> dict[str, Any]:
             "gpus": gpus,
             **({"driver": driver} if gpus and (driver := gpu_driver()) else {}),
             "load_average": os.getloadavg()[0],
+            "stolen_share": stolen_share(),
         },
         "versions": {
             "python": platform.python_version(),

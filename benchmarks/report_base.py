@@ -26,6 +26,7 @@ class Hardware(Model):
     gpus: list[str]
     driver: str | None = None  # of the GPUs
     load_average: NotNegative
+    stolen_share: Annotated[float, Field(ge=0, le=1)] | None = None  # of the processors' time, given to other machines
 
 
 class Environment(Model):

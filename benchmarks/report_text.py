@@ -32,6 +32,9 @@ class Page:
             many(environment.threads, "thread"),
             f"load average {environment.hardware.load_average:.1f}",
         ]
+        stolen = environment.hardware.stolen_share
+        if stolen is not None and stolen >= 0.01:
+            words.append(f"{stolen:.0%} of its time taken by the host")
         driver = environment.hardware.driver
         if driver and driver != folder.driver:
             words.append(f"driver {driver}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from report_copies import MACHINE, ladder, loader, on_gpu, place, real, training, words, write
 
+from benchmarks import environment as environments
 from benchmarks import report
 from benchmarks.environment import cudnn_words, driver_in, environment
 
@@ -132,6 +135,24 @@ def test_driver_and_libraries_stand_beside_the_numbers(tmp_path):
     assert "cudnn 9.10.2, nccl 2.27.5" in text
     for driver, name in (("570.1", "train_b256"), ("580.2", "train_b8")):  # two of them: beside each report
         assert f"driver {driver}" in next(line for line in text.splitlines() if line.startswith(f"- [{name}.json]"))
+
+
+def test_what_the_host_took_stands_beside_the_numbers(tmp_path, monkeypatch):
+    folder = place(tmp_path)
+    for name, batch, share in (("quiet", 256, 0.004), ("busy", 8, 0.18)):
+        data = on_gpu(whole_training(batch, 100.0))
+        data["environment"]["hardware"]["stolen_share"] = share
+        write(folder / "results" / "GPU" / f"{name}.json", data)
+    assert report.main(words(folder)) == 0
+    lines = (folder / "REPORT.md").read_text().splitlines()
+    quiet, busy = (next(line for line in lines if line.startswith(f"- [{name}.json]")) for name in ("quiet", "busy"))
+    assert "18% of its time taken by the host" in busy and "taken by the host" not in quiet
+    monkeypatch.setattr(environments, "_AT_START", (0, 0))
+    found = environments.stolen_share()
+    stolen, *_ = [int(Path("/proc/stat").read_text().split()[8])]
+    assert found is not None and 0 <= found < 1 and (found > 0) == (stolen > 0)
+    monkeypatch.setattr(environments, "_AT_START", None)
+    assert environments.stolen_share() is None
 
 
 def test_compare_knows_what_is_better(tmp_path, capsys):
