@@ -211,11 +211,11 @@ def load_real(
 
     index = Index.load(folder)
     index.check_files()
-    count = len(index.samples)
+    count = len(index)
     ids = np.arange(count)
     if limit is not None and limit < count:
         ids = np.sort(np.random.Generator(np.random.Philox(seed)).permutation(count)[:limit])
-    labels = index.samples["label"][ids].astype(np.int64)
+    labels = index.rows(ids)["label"].astype(np.int64)
     if (labels < 0).any():
         raise UserError(f"{folder}: {int((labels < 0).sum())} image(s) without label; a classifier needs labelled ones")
     images = np.empty((len(ids), index.channels, *size), np.uint8)

@@ -76,7 +76,7 @@ class RealImages:
         for begin in range(0, len(places), batch):
             some = places[begin : begin + batch]
             padded = ids[np.resize(some, batch)]  # DALI's batches have one size
-            rows = self.index.samples[padded]
+            rows = self.index.rows(padded)
             encoded = [np.frombuffer(self.index.read(int(sample)), dtype=np.uint8) for sample in padded]
             windows = augment.windows(self.settings.crop, [1.0, 1.0], rows["height"], rows["width"], None)
             pixels, _, _ = decode(padded, encoded, windows, np.zeros(batch, dtype=bool), rows["label"].astype(np.int64))

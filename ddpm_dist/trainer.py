@@ -105,7 +105,7 @@ class Trainer:
             self.attention = attention_backends.pin(network, config, self.plan.micro_batch, runtime, recorded)
         self._no_compile_cache = compile_cache.keep_beside(self.folder) if config.train.compile else None
         self.step_fn = TrainStep(config, runtime, self.plan, network)
-        epoch_size = len(self.index.samples) if self.index is not None else None
+        epoch_size = len(self.index) if self.index is not None else None
         self.records = Records(config, runtime, self.plan.global_batch, epoch_size)
         if reader is not None:
             runtime.together(lambda: self._load(reader, state))

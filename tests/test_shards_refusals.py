@@ -76,7 +76,7 @@ def test_table_of_another_type_or_length_is_refused(copy):
         ("[]", "not an index of ddpm_dist"),
         ("{}", "not an index of ddpm_dist"),
         ('{"format": "something"}', "not an index of ddpm_dist"),
-        ('{"format": "ddpm_dist-index", "version": 2}', "version 2 is not one"),
+        ('{"format": "ddpm_dist-index", "version": 3}', "version 3 is not one"),
         ('{"format": "ddpm_dist-index", "version": "1"}', "version '1' is not one"),
         ('{"format": "ddpm_dist-index", "version": 1}', "samples is not"),
     ],

@@ -116,7 +116,7 @@ class Cache:
                     for sample, image in zip(ids[:count], decode.whole_images(ids, files), strict=False):
                         self._image(int(sample)).copy_(image)
                     continue
-                rows = index.samples[ids]
+                rows = index.rows(ids)
                 windows = augment.windows(still.crop, [1.0, 1.0], rows["height"], rows["width"], None)
                 pixels, _, ready = decode(ids, files, windows, np.zeros(batch, bool), rows["label"].astype(np.int64))
                 if ready is not None:

@@ -31,8 +31,8 @@ def resolve_decoder(decoder: str, device: torch.device) -> str:
 
 def is_whole(index: Index, settings: Data) -> bool:
     """Whether every image already has the training size, so that nothing is cut or resized."""
-    rows, size = index.samples, settings.image_size
-    return bool((rows["height"] == size).all() and (rows["width"] == size).all()) and settings.crop != "random_resized"
+    whole = [settings.image_size] * 2
+    return index.ranges["height"] == index.ranges["width"] == whole and settings.crop != "random_resized"
 
 
 class Decoder:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import numpy as np
 from ddpm_dist.errors import UserError
 
 FORMAT = "ddpm_dist-index"
-VERSION = 1
-IMAGE_FORMATS = ("jpg", "png")
+VERSION, LARGE_VERSION = 1, 2  # the second: large_index.py
+IMAGE_FORMATS = ("jpg", "png", "webp", "raw")
 NO_LABEL = -1
 MAX_JSON_BYTES = 256 << 20  # about a million shards; anything above is not an index
 
@@ -55,7 +56,7 @@ def write_index(
     Args:
         samples: (N,) array of ``SAMPLE_DTYPE``, shard after shard.
     """
-    _durable(folder / "index.npy", lambda file: np.save(file, samples, allow_pickle=False))
+    durable(folder / "index.npy", lambda file: np.save(file, samples, allow_pickle=False))
     head = {
         "format": FORMAT,
         "version": VERSION,
@@ -68,7 +69,7 @@ def write_index(
     }
     head["fingerprint"] = fingerprint(shards, samples, classes, channels, image_format)
     text = json.dumps(head, indent=1) + "\n"
-    _durable(folder / "index.json", lambda file: file.write(text.encode("ascii")))
+    durable(folder / "index.json", lambda file: file.write(text.encode("ascii")))
     return head["fingerprint"]
 
 
@@ -86,7 +87,7 @@ def fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def _durable(path: Path, write) -> None:
+def durable(path: Path, write) -> None:
     with open(path, "xb") as file:
         write(file)
         file.flush()
@@ -98,11 +99,12 @@ def _durable(path: Path, write) -> None:
 REMEDY = "pack again (python -m ddpm_dist.pack), or copy the folder again"
 
 
-def _damaged(path: Path, what: str) -> UserError:
+def damaged(path: Path, what: str) -> UserError:
     return UserError(f"{path}: {what}; {REMEDY}")
 
 
 def read_head(folder: Path) -> dict:
+    """What index.json holds, of a version that is known; not checked any further. Raises UserError."""
     path = folder / "index.json"
     if not folder.is_dir():
         unfinished = folder.with_name(folder.name + ".incomplete")
@@ -113,68 +115,70 @@ def read_head(folder: Path) -> dict:
         raise UserError(f"shard folder {folder} {state}: data.shards must name the folder that pack wrote (--out)")
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise _damaged(path, f"larger than {MAX_JSON_BYTES >> 20} MiB, so not an index")
+            raise damaged(path, f"larger than {MAX_JSON_BYTES >> 20} MiB, so not an index")
         head = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError):
-        raise _damaged(path, "not valid JSON") from None
+        raise damaged(path, "not valid JSON") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
-        raise _damaged(path, f"not an index of ddpm_dist (no format {FORMAT!r})")
-    if head.get("version") != VERSION:
+        raise damaged(path, f"not an index of ddpm_dist (no format {FORMAT!r})")
+    if head.get("version") not in (VERSION, LARGE_VERSION):
         raise UserError(
-            f"{path}: index version {head.get('version')!r} is not one this program knows (it knows {VERSION}): "
+            f"{path}: index version {head.get('version')!r} is not one this program knows (it knows {VERSION} and {LARGE_VERSION}): "
             "update ddpm_dist, or pack again"
         )
-    _check_head(path, head)
     return head
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_hash(value: object) -> bool:
+def is_hash(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-def _is_names(value: object) -> bool:
+def is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
 
 
-def _check_head(path: Path, head: dict) -> None:
-    """Types and ranges of index.json; the shard entries become ``Shard`` objects."""
+def check_head(path: Path, head: dict) -> None:
+    """Types and ranges of an index.json of version 1; the shard entries become ``Shard`` objects."""
     rules = {
-        "samples": (_is_count, "a count"),
-        "channels": (lambda value: _is_count(value) and value in (1, 3), "1 or 3"),
-        "image_format": (lambda value: isinstance(value, str) and value in IMAGE_FORMATS, "one of jpg, png"),
-        "classes": (lambda value: value is None or (value != [] and _is_names(value)), "null or a list of names"),
-        "index_sha256": (_is_hash, "a sha256"),
-        "fingerprint": (_is_hash, "a sha256"),
+        "samples": (is_count, "a count"),
+        "channels": (lambda value: is_count(value) and value in (1, 3), "1 or 3"),
+        "image_format": (
+            lambda value: isinstance(value, str) and value in IMAGE_FORMATS,
+            f"one of {', '.join(IMAGE_FORMATS)}",
+        ),
+        "classes": (lambda value: value is None or (value != [] and is_names(value)), "null or a list of names"),
+        "index_sha256": (is_hash, "a sha256"),
+        "fingerprint": (is_hash, "a sha256"),
         "shards": (lambda value: isinstance(value, list) and value != [], "a list of shards"),
     }
     for key, (good, what) in rules.items():
         if key not in head or not good(head[key]):
-            raise _damaged(path, f"{key} is not {what}")
+            raise damaged(path, f"{key} is not {what}")
     head["shards"] = [_check_shard(path, number, entry) for number, entry in enumerate(head["shards"])]
     if len({shard.name for shard in head["shards"]}) != len(head["shards"]):
-        raise _damaged(path, "the same shard is listed twice")
+        raise damaged(path, "the same shard is listed twice")
     total = sum(shard.samples for shard in head["shards"])
     if total != head["samples"]:
-        raise _damaged(path, f"the shards hold {total} samples, but samples is {head['samples']}")
+        raise damaged(path, f"the shards hold {total} samples, but samples is {head['samples']}")
 
 
 def _check_shard(path: Path, number: int, entry: object) -> Shard:
     if not isinstance(entry, dict) or set(entry) != {"name", "samples", "bytes", "sha256"}:
-        raise _damaged(path, f"shards[{number}] does not have exactly name, samples, bytes and sha256")
+        raise damaged(path, f"shards[{number}] does not have exactly name, samples, bytes and sha256")
     name = entry["name"]
     # The name is joined to the folder, so it must stay a plain file name in it.
     if not isinstance(name, str) or not name.endswith(".tar") or "/" in name or "\\" in name or "\0" in name:
-        raise _damaged(path, f"shards[{number}].name {name!r} is not the plain name of a .tar file in this folder")
-    if not _is_count(entry["samples"]) or entry["samples"] == 0 or not _is_count(entry["bytes"]):
-        raise _damaged(path, f"shards[{number}] ({name}): samples and bytes must be positive counts")
-    if not _is_hash(entry["sha256"]):
-        raise _damaged(path, f"shards[{number}] ({name}): sha256 is not a sha256")
+        raise damaged(path, f"shards[{number}].name {name!r} is not the plain name of a .tar file in this folder")
+    if not is_count(entry["samples"]) or entry["samples"] == 0 or not is_count(entry["bytes"]):
+        raise damaged(path, f"shards[{number}] ({name}): samples and bytes must be positive counts")
+    if not is_hash(entry["sha256"]):
+        raise damaged(path, f"shards[{number}] ({name}): sha256 is not a sha256")
     return Shard(**entry)
 
 
@@ -182,43 +186,64 @@ def read_table(folder: Path, head: dict) -> np.ndarray:
     path = folder / "index.npy"
     try:
         if file_sha256(path) != head["index_sha256"]:
-            raise _damaged(path, "damaged, cut short or not the one that index.json belongs to (sha256 differs)")
+            raise damaged(path, "damaged, cut short or not the one that index.json belongs to (sha256 differs)")
         samples = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # a plain view: memmap indexing is slow
     except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror or error})") from None
+        raise damaged(path, f"cannot be read ({error.strerror or error})") from None
     except ValueError as error:
-        raise _damaged(path, f"not a NumPy table ({error})") from None
+        raise damaged(path, f"not a NumPy table ({error})") from None
     if samples.dtype != SAMPLE_DTYPE or samples.shape != (head["samples"],):
-        raise _damaged(path, f"{samples.shape} records of {samples.dtype} where {head['samples']} samples are expected")
+        raise damaged(path, f"{samples.shape} records of {samples.dtype} where {head['samples']} samples are expected")
     return samples
 
 
 def check_table(folder: Path, head: dict, samples: np.ndarray) -> None:
     """Every record must lie inside its shard, behind the one before it, with a label that the classes allow."""
     path, shards = folder / "index.npy", head["shards"]
-    counts = [shard.samples for shard in shards]
-    sizes = np.repeat(np.array([shard.bytes for shard in shards], dtype=np.uint64), counts)
-    offset = samples["offset"].astype(np.uint64)
-    end = offset + samples["size"]
-    starts = np.cumsum([0, *counts[:-1]])
-    before = np.concatenate([[0], end[:-1]]).astype(np.uint64)  # where the sample before it in the same shard ends
-    before[starts] = 0
-    refuse = functools.partial(_refuse_where, path, shards)
-    refuse((offset % 512 != 0) | (offset < before + np.uint64(512)), "is not on a tar block behind the one before it")
-    refuse((end > sizes) | (end < offset), "does not lie inside its shard")
-    refuse((samples["size"] == 0) | (samples["height"] == 0) | (samples["width"] == 0), "is empty")
+    ends = np.cumsum([shard.samples for shard in shards])
+    refuse_records(path, samples, 0, ends, np.array([shard.bytes for shard in shards], dtype=np.uint64), shards, None)
     label = samples["label"]
     if head["classes"] is None:
-        refuse(label != NO_LABEL, "has a label, but there are no classes")
+        _refuse_where(path, shards, ends, 0, label != NO_LABEL, "has a label, but there are no classes")
     else:
-        refuse((label < 0) | (label >= len(head["classes"])), f"has a label outside 0..{len(head['classes']) - 1}")
+        bad = (label < 0) | (label >= len(head["classes"]))
+        _refuse_where(path, shards, ends, 0, bad, f"has a label outside 0..{len(head['classes']) - 1}")
     expected = fingerprint(shards, samples, head["classes"], head["channels"], head["image_format"])
     if expected != head["fingerprint"]:
-        raise _damaged(folder / "index.json", "the fingerprint does not fit the data it stands for")
+        raise damaged(folder / "index.json", "the fingerprint does not fit the data it stands for")
 
 
-def _refuse_where(path: Path, shards: list[Shard], bad: np.ndarray, what: str) -> None:
+def ranges(samples: np.ndarray) -> dict[str, list[int]]:
+    """Least and largest label, height and width."""
+    return {name: [int(samples[name].min()), int(samples[name].max())] for name in ("label", "height", "width")}
+
+
+def refuse_records(
+    path: Path, rows: np.ndarray, begin: int, ends: np.ndarray, sizes: np.ndarray, shards: Sequence[Shard], before: np.void | None
+) -> None:  # fmt: skip
+    """UserError unless every record lies inside its shard, behind the one before it, and is not empty.
+
+    Args:
+        rows: records ``begin`` and following; before: the record before them, where there is one.
+        ends, sizes: (S,) one past each shard's last sample, and its bytes (uint64).
+    """
+    ids = np.arange(begin, begin + len(rows))
+    number = np.searchsorted(ends, ids, side="right")
+    offset = rows["offset"].astype(np.uint64)
+    end = offset + rows["size"]
+    last = np.uint64(0) if before is None else np.uint64(int(before["offset"]) + int(before["size"]))
+    previous = np.concatenate([[last], end[:-1]]).astype(np.uint64)  # where the sample before it in the same shard ends
+    previous[ids == np.concatenate([[0], ends])[number]] = 0
+    refuse = functools.partial(_refuse_where, path, shards, ends, begin)
+    refuse((offset % 512 != 0) | (offset < previous + np.uint64(512)), "is not on a tar block behind the one before it")
+    refuse((end > sizes[number]) | (end < offset), "does not lie inside its shard")
+    refuse((rows["size"] == 0) | (rows["height"] == 0) | (rows["width"] == 0), "is empty")
+
+
+def _refuse_where(
+    path: Path, shards: Sequence[Shard], ends: np.ndarray, begin: int, bad: np.ndarray, what: str
+) -> None:
     if bad.any():
-        first = int(np.argmax(bad))
-        number = int(np.searchsorted(np.cumsum([shard.samples for shard in shards]), first, side="right"))
-        raise _damaged(path, f"sample {first} (shard {shards[number].name}) {what}")
+        first = begin + int(np.argmax(bad))
+        number = int(np.searchsorted(ends, first, side="right"))
+        raise damaged(path, f"sample {first} (shard {shards[number].name}) {what}")

@@ -114,19 +114,19 @@ def open_index(settings: Data, pack_hint: str) -> Index:
         raise UserError(f"the shard folder {settings.shards} (data.shards) does not exist.\n{pack_hint}")
     index = Index.load(settings.shards)
     index.check_files()
-    labels = index.samples["label"]
+    low, high = index.ranges["label"]
     if settings.num_classes is not None:
-        if (labels < 0).any():
-            first = int(np.argmax(labels < 0))
+        if low < 0:
+            first = int(np.argmax(index.samples["label"] < 0))
             raise UserError(
                 f"{settings.shards}: {index.describe(first)} has no label but data.num_classes={settings.num_classes}; "
                 "set data.num_classes=null for an unlabelled set"
             )
-        if labels.size and int(labels.max()) >= settings.num_classes:
-            first = int(np.argmax(labels >= settings.num_classes))
+        if high >= settings.num_classes:
+            first = int(np.argmax(index.samples["label"] >= settings.num_classes))
             raise UserError(
-                f"{settings.shards}: {index.describe(first)} has label {int(labels[first])}, outside 0.."
-                f"{settings.num_classes - 1}; set data.num_classes={int(labels.max()) + 1} or pack the set again"
+                f"{settings.shards}: {index.describe(first)} has label {int(index.samples['label'][first])}, outside 0.."
+                f"{settings.num_classes - 1}; set data.num_classes={high + 1} or pack the set again"
             )
     return index
 
@@ -142,7 +142,7 @@ def shard_batches(
     cache: str = "none",
 ) -> Iterator[MicroBatch]:
     """Micro-batches of this rank for ``steps`` (counted from 0), decoded by DALI; cache: see ``cache.choose_place``."""
-    order = SampleOrder(len(index.samples), seed)
+    order = SampleOrder(len(index), seed)
     wanted = (
         (step, slots, *order.locate(step * plan.global_batch + slots))
         for step in steps
@@ -180,7 +180,7 @@ def _treatment(
     index: Index, settings: Data, seed: int, epochs: np.ndarray, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What is done to each image: its window (B, 4), whether it is mirrored (B,), and its label (B,) int64."""
-    rows = index.samples[ids]
+    rows = index.rows(ids)
     random = settings.flip or settings.crop == "random_resized"
     uniform = augment.draws(seed, epochs, ids, augment.DRAWS) if random else None
     windows = augment.windows(settings.crop, settings.crop_scale, rows["height"], rows["width"], uniform)

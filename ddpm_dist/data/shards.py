@@ -6,7 +6,8 @@ A packed folder holds ordinary webdataset tars (``key.jpg`` + ``key.cls``) and t
   the sha256 of ``index.npy`` and the fingerprint of the whole data set;
 - ``index.npy``: one record of ``SAMPLE_DTYPE`` per sample, shard after shard, in file order.
 
-``Index.load`` checks all of it; nothing later has to doubt an offset or a label.
+Shards that were not packed here have an index of version 2, which may lie elsewhere (``large_index.py``). ``Index.load`` checks
+everything, or with a very large table each part before it is used; nothing later has to doubt an offset or a label.
 """
 
 from __future__ import annotations
@@ -14,23 +15,29 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ddpm_dist.data import large_index
 from ddpm_dist.data.index_file import (
     IMAGE_FORMATS,
+    LARGE_VERSION,
     NO_LABEL,
     SAMPLE_DTYPE,
     Shard,
+    check_head,
     check_table,
     checksum,
     file_sha256,
     fingerprint,
+    ranges,
     read_head,
     read_table,
     write_index,
 )
+from ddpm_dist.data.large_index import LargeTable
 from ddpm_dist.data.tars import split_name, ustar_name
 from ddpm_dist.errors import UserError
 
@@ -47,6 +54,8 @@ __all__ = [
 ]
 
 MAX_OPEN_FILES = 128
+MAX_CHECKED_FILES = 20_000  # shards whose sizes are asked for at the start
+CHECKED_AT_ONCE = 20_000_000  # samples; larger tables are checked part by part, so that opening them takes no time
 
 
 class Index:
@@ -55,22 +64,26 @@ class Index:
     Attributes:
         folder: the folder that holds the shards and the index.
         shards: list of ``Shard``, in order.
-        samples: (N,) read-only array of ``SAMPLE_DTYPE``, memory-mapped; sample ids are positions in it.
+        root: what the shards' names are relative to: None: ``folder``; a folder or the beginning of a URL; "": names are complete.
+        ranges: least and largest label, height and width of all samples, such as {"label": [0, 9], ...}.
         classes: class names, or None for unlabelled data (then every label is -1).
         channels: 1 (grey) or 3 (RGB).
-        image_format: "jpg" or "png".
+        image_format: "jpg", "png", "webp", "raw", or "mixed".
         fingerprint: sha256 over everything that defines the data; the same for a copy elsewhere.
     """
 
-    def __init__(self, folder: Path, head: dict, samples: np.ndarray) -> None:
+    def __init__(
+        self, folder: Path, head: dict, shards: Sequence[Shard], ends: np.ndarray, table: np.ndarray | LargeTable
+    ) -> None:
         self.folder = folder
-        self.shards: list[Shard] = head["shards"]
+        self.root: str | None = head.get("root")
+        self.shards = shards
         self.classes: list[str] | None = head["classes"]
         self.channels: int = head["channels"]
         self.image_format: str = head["image_format"]
         self.fingerprint: str = head["fingerprint"]
-        self.samples = samples
-        self._ends = np.cumsum([shard.samples for shard in self.shards])
+        self.ranges: dict[str, list[int]] = head["ranges"]
+        self._table, self._ends = table, ends
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -78,7 +91,19 @@ class Index:
         return Index.load, (self.folder,)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return int(self._ends[-1])
+
+    @property
+    def samples(self) -> np.ndarray:
+        """(N,) read-only array of ``SAMPLE_DTYPE``, memory-mapped; sample ids are positions in it.
+
+        All of it is checked at first use. In a very large set ask :meth:`rows` for some and ``ranges`` for what is true of all.
+        """
+        return self._table.all() if isinstance(self._table, LargeTable) else self._table
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """The records of samples: array of ``SAMPLE_DTYPE`` of the shape of ``ids``. Raises UserError where the index is damaged."""
+        return self._table.rows(ids) if isinstance(self._table, LargeTable) else self._table[ids]
 
     @property
     def num_classes(self) -> int | None:
@@ -94,39 +119,65 @@ class Index:
         """
         folder = Path(folder)
         head = read_head(folder)
+        if head["version"] == LARGE_VERSION:
+            large_index.check_head(folder / "index.json", head)
+            shards = large_index.read_shards(folder, head)
+            table = LargeTable(folder, head, shards)
+            if len(table.records) <= CHECKED_AT_ONCE:
+                table.all()
+            return cls(folder, head, shards, shards.ends, table)
+        check_head(folder / "index.json", head)
         samples = read_table(folder, head)
         check_table(folder, head, samples)
-        return cls(folder, head, samples)
+        head["ranges"] = ranges(samples)
+        return cls(folder, head, head["shards"], np.cumsum([shard.samples for shard in head["shards"]]), samples)
+
+    def location(self, number: int) -> str:
+        """Where shard ``number`` lies: a path, or a URL of the kinds that webdataset opens."""
+        name = self.shards[number].name
+        if self.root is None:
+            return str(self.folder / name)
+        return name if self.root == "" else f"{self.root.rstrip('/')}/{name}"
 
     def check_files(self) -> None:
         """Check that every shard is there with the recorded size (a stat each, nothing is read).
 
+        Shards that are not files of this machine, and those of a very large set, are compared when they are opened.
+
         Raises:
             UserError: naming the shard that is missing or has another size.
         """
-        for shard in self.shards:
-            path = self.folder / shard.name
+        if "://" in (self.root or "") or len(self.shards) > MAX_CHECKED_FILES:
+            return
+        for number, shard in enumerate(self.shards):
+            path = self._path(number)
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise UserError(
-                    f"shard {path} is listed in index.json but cannot be read ({error.strerror}): "
-                    "copy the whole folder again, or pack it again"
+                    f"shard {path} is listed in index.json but cannot be read ({error.strerror}): {self._remedy}"
                 ) from None
             if size != shard.bytes:
-                raise UserError(
-                    f"shard {path} has {size} bytes, the index says {shard.bytes}: it is cut short or was replaced; "
-                    "copy the whole folder again, or pack it again"
-                )
+                raise self._other_size(path, size, shard)
+
+    def _other_size(self, path: Path, size: int, shard: Shard) -> UserError:
+        return UserError(
+            f"shard {path} has {size} bytes, the index says {shard.bytes}: it is cut short or was replaced; {self._remedy}"
+        )
+
+    @property
+    def _remedy(self) -> str:
+        if self.root is None:
+            return "copy the whole folder again, or pack it again"
+        return "copy it again, or run python -m ddpm_dist.index again"
 
     def verify(self) -> None:
         """Read every shard and compare its sha256 with the index. Raises UserError naming the first that differs."""
         self.check_files()
-        for shard in self.shards:
-            if file_sha256(self.folder / shard.name) != shard.sha256:
+        for number, shard in enumerate(self.shards):
+            if file_sha256(self._path(number)) != shard.sha256:
                 raise UserError(
-                    f"shard {self.folder / shard.name} is damaged: its sha256 is not the one in index.json; "
-                    "copy it again, or pack again"
+                    f"shard {self._path(number)} is damaged: its sha256 is not the one in index.json; {self._remedy}"
                 )
 
     def shard_of(self, ids: np.ndarray) -> np.ndarray:
@@ -136,13 +187,13 @@ class Index:
     def key_of(self, sample_id: int) -> str:
         """The webdataset key of a sample, read from the tar header that stands before its image bytes."""
         number = int(self.shard_of(np.asarray(sample_id)))
-        offset = int(self.samples["offset"][sample_id])
+        offset = int(self.rows(np.asarray([sample_id]))["offset"][0])
         header = self._pread(number, 512, offset - 512)
         return split_name(ustar_name(header))[0] or f"sample {sample_id}"
 
     def describe(self, sample_id: int) -> str:
         """``FOLDER/SHARD:KEY`` of a sample, for messages; works on damaged shards as well."""
-        path = self.folder / self.shards[int(self.shard_of(np.asarray(sample_id)))].name
+        path = self.location(int(self.shard_of(np.asarray(sample_id))))
         try:
             return f"{path}:{self.key_of(sample_id)}"
         except UserError:
@@ -158,7 +209,7 @@ class Index:
 
     def read_many(self, ids: np.ndarray) -> list[bytes]:
         """The image bytes of several samples, as :meth:`read`; ids: int64 (B,)."""
-        rows, numbers = self.samples[ids], self.shard_of(ids).tolist()
+        rows, numbers = self.rows(ids), self.shard_of(ids).tolist()
         found = []
         # Lists of Python numbers: taking fields out of single records costs more than reading them from the page cache.
         columns = (rows[name].tolist() for name in ("size", "offset", "checksum"))
@@ -176,12 +227,20 @@ class Index:
         try:
             return os.pread(self._file(number).descriptor, size, offset)
         except OSError as error:
-            path = self.folder / self.shards[number].name
-            raise UserError(f"shard {path} cannot be read: {error.strerror}") from None
+            raise UserError(f"shard {self.location(number)} cannot be read: {error.strerror}") from None
+
+    def _path(self, number: int) -> Path:
+        """Where shard ``number`` can be read on this machine."""
+        return Path(self.location(number))
 
     def _file(self, number: int) -> _OpenFile:
         with self._lock:
-            file = self._files.pop(number, None) or _OpenFile(self.folder / self.shards[number].name)
+            file = self._files.pop(number, None)
+            if file is None:
+                file, shard = _OpenFile(self._path(number)), self.shards[number]
+                size = os.fstat(file.descriptor).st_size
+                if size != shard.bytes:
+                    raise self._other_size(self._path(number), size, shard)
             self._files[number] = file
             if len(self._files) > MAX_OPEN_FILES:
                 self._files.popitem(last=False)  # closed once no other thread is reading from it
