@@ -28,14 +28,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, settings_of
 from benchmarks.kernels_names import DTYPES
 from benchmarks.kernels_step import Workload, settings
 from benchmarks.ladder_rungs import OurStep
 from benchmarks.ladder_table import number
 from benchmarks.output import check_target, machine, publish
 from benchmarks.sampling_entrant import free_memory, limit_memory
-from ddpm_dist.config import flatten
 from ddpm_dist.errors import UserError, exit_codes
 
 LARGEST = 20  # tensors of the report
@@ -203,7 +202,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     total = large.savings.bytes
     return {
         "benchmark": "activations", "environment": environment(), "device": str(device), "batches": list(args.batches),
-        "config": {key: value for key, value in flatten(config.to_dict()).items() if key != "run.dir"},
+        "config": settings_of(config),
         "method": METHOD[device.type], "repeats": args.repeats,
         "minimum_mb_per_image": minimum / 1e6, "peak_mb_per_image": peak / 1e6, "ratio": peak / minimum,
         "minimum_mb": [each.savings.bytes / 1e6 for each in found], "peak_mb": [statistics.median(each.peaks) / 1e6 for each in found],

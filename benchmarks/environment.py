@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ddpm_dist.config import Config, flatten
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -78,7 +80,19 @@ def _command() -> str:
     """The command as one would type it in the checkout: no folders of this machine, not where the reports go."""
     words = iter(sys.argv[1:])
     kept = [word for word in words if not (word in ("--json", "--markdown") and next(words, None))]
-    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *kept])
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(without_folders, kept)])
+
+
+def without_folders(word: str) -> str:
+    """ "data.shards=.../cifar64" for "data.shards=/home/me/shards/cifar64"."""
+    key, equals, value = word.partition("=") if "=" in word else ("", "", word)
+    return f"{key}{equals}.../{Path(value).name}" if os.path.isabs(value) else word
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """The configuration of a report, "section.key": value, without folders of this machine."""
+    values = {key: value for key, value in flatten(config.to_dict()).items() if key not in ("run.dir", "tracking.uri")}
+    return {key: without_folders(value) if isinstance(value, str) else value for key, value in values.items()}
 
 
 def gpu_driver() -> str | None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import environment
+from benchmarks.environment import environment, settings_of
 from benchmarks.kernels_names import FUSED, GROUPS, PRODUCTS
 from benchmarks.kernels_record import Kernel
 from benchmarks.kernels_replay import Clock, attention_ways, prepared, race, ways_of
@@ -35,7 +35,6 @@ from benchmarks.kernels_table import markdown
 from benchmarks.output import check_target, publish
 from benchmarks.sampling_entrant import free_memory, limit_memory
 from benchmarks.timing import Contender, matmul_rate
-from ddpm_dist.config import flatten
 from ddpm_dist.errors import UserError, exit_codes
 from ddpm_dist.flops import training_flops
 
@@ -202,7 +201,7 @@ def report(
     flops = training_flops(config.model.name, config.network_keywords())
     return {
         "benchmark": "kernels", "environment": environment(), "device": str(work.device), "batch": work.images,
-        "config": {key: value for key, value in flatten(config.to_dict()).items() if key != "run.dir"},
+        "config": settings_of(config),
         "peak_tflops": roofs.flops / 1e12, "peak_gb_per_sec": roofs.bytes / 1e9,
         "peak_source": f"{roofs.words}; best of {(args.turns + 1) // 2}",
         "repeats": args.repeats, "turns": args.turns, "steps_per_turn": args.steps,

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import cpu_has_bf16, environment
+from benchmarks.environment import cpu_has_bf16, environment, settings_of
 from benchmarks.ladder_parts import attention_backends, upsampling
 from benchmarks.ladder_rungs import TOLERANCES, Answer, Setting, Switches, answer, compare, ladder
 from benchmarks.ladder_table import markdown
@@ -213,7 +213,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         "tolerances": {name: dict(zip(("loss_error", "gradient_error", "later_loss_error"), values, strict=True))
                        for name, values in TOLERANCES.items()},
         "network": config.model.name, "image_size": config.data.image_size, "parameters": parameters,
-        "config": {key: value for key, value in flatten(config.to_dict()).items() if key != "run.dir"},
+        "config": settings_of(config),
         "rungs": entries, "attention": [], "upsampling": [],
     }  # fmt: skip
     if not args.no_parts:

@@ -20,6 +20,7 @@ from benchmarks.report_text import number
 from benchmarks.scaling_plots import BLUE, GREEN, GREY, ORANGE
 
 KEY = "drawn-from"
+NAMED = 10  # kernels of the roofline that are named
 MARKS = [(BLUE, "o", "-"), (GREEN, "^", "-."), (ORANGE, "s", "--"), ("#CC79A7", "D", ":"), ("#E69F00", "v", "-")]
 
 # ---- what is drawn: plain lists and dictionaries, None where there is too little of it ------------------------------
@@ -55,7 +56,7 @@ def _roofline(folder: Folder) -> Any:
     found = next((result.found for result in folder.of("kernels")), None)
     if found is None:
         return None
-    points = [[kernel.name, kernel.flop_per_byte, kernel.tflops] for kernel in found.kernels]
+    points = [[k.name, k.flop_per_byte, k.tflops, k.group or "kernel", k.ms] for k in found.kernels]
     return {"peak": found.peak_tflops, "bandwidth": found.peak_gb_per_sec, "kernels": points}
 
 
@@ -123,21 +124,44 @@ def _draw_ladder(plt: Any, data: Any, title: str) -> Any:
 
 
 def _draw_roofline(plt: Any, data: Any, title: str) -> Any:
-    figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    peak, slope = data["peak"], data["bandwidth"] / 1e3  # TFLOP/s, and TFLOP/s per FLOP per byte
-    ridge = peak / slope
-    left = min([ridge, *(kernel[1] for kernel in data["kernels"])]) / 3
-    right = max([ridge, *(kernel[1] for kernel in data["kernels"])]) * 3
-    axes.plot([left, ridge, right], [left * slope, peak, peak], color=GREY)
-    axes.text(right, peak * 1.08, f"{number(peak)} TFLOP/s", ha="right", va="bottom", fontsize=8, color=GREY)
-    middle = (left * ridge) ** 0.5  # points lie on the other side of the line
+    """One mark per kernel, of the colour of its group, larger where more of the step goes; the longest ones are named below."""
+    peak, bandwidth, kernels = data["peak"], data["bandwidth"], data["kernels"]
+    ridge = 1000 * peak / bandwidth  # TFLOP/s over GB/s
+    intensities = [kernel[1] for kernel in kernels]
+    edges = [min([*intensities, ridge]) / 3, ridge, 3 * max([*intensities, ridge])]
+    # By time where it is known, else in the order of the report.
+    longest = sorted(kernels, key=lambda kernel: -(kernel[4] or 0.0))[:NAMED]
+    figure, axes = plt.subplots(figsize=(8.0, 4.4 + 0.19 * len(longest)), layout="constrained")
+    axes.plot(edges, [edges[0] * bandwidth / 1000, peak, peak], color="#666666", lw=1.5)
     axes.annotate(
-        f"{number(data['bandwidth'])} GB/s", (middle, middle * slope), textcoords="offset points", xytext=(-8, 4), ha="right",
-        fontsize=8, color=GREY,
+        f"{number(peak)} TFLOP/s",
+        (edges[2], peak),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=GREY,
+    )
+    middle = (edges[0] * ridge) ** 0.5
+    axes.annotate(
+        f"{number(bandwidth)} GB/s", (middle, middle * bandwidth / 1000), xytext=(-6, 4), textcoords="offset points", ha="right", fontsize=8,
+        color=GREY,
     )  # fmt: skip
-    for (name, intensity, rate), (color, marker, _) in zip(data["kernels"], MARKS * len(data["kernels"]), strict=False):
-        share = rate / min(peak, intensity * slope)
-        axes.plot(intensity, rate, marker, color=color, ms=7, label=f"{name}: {100 * share:.0f} % of its roof")
+    total = sum(kernel[4] or 0.0 for kernel in kernels)
+    for group, (color, marker, _) in zip(
+        dict.fromkeys(kernel[3] for kernel in kernels), MARKS * len(kernels), strict=False
+    ):
+        own = [kernel for kernel in kernels if kernel[3] == group]
+        sizes = [30 + 500 * (kernel[4] or 0.0) / total if total else 40 for kernel in own]
+        axes.scatter(
+            [k[1] for k in own], [k[2] for k in own], sizes, color=color, marker=marker, alpha=0.65, lw=0, label=group
+        )
+    for place, kernel in enumerate(longest, 1):
+        # Numbers beside each other do not cover each other.
+        shift = (9, 4) if place % 2 else (-9, -11)
+        axes.annotate(
+            str(place), (kernel[1], kernel[2]), xytext=shift, textcoords="offset points", fontsize=8, ha="center"
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
@@ -145,7 +169,16 @@ def _draw_roofline(plt: Any, data: Any, title: str) -> Any:
     axes.set(
         xlabel="FLOP per byte of device memory", ylabel="TFLOP/s", title=f"roofline, {title}", ylim=(None, 2 * peak)
     )
-    figure.legend(loc="outside lower center", fontsize=8, ncols=2)
+    marks = axes.legend(loc="lower right", fontsize=8)
+    for handle in marks.legend_handles:
+        handle.set_sizes([40])
+    lines = []
+    for place, (name, intensity, rate, _, ms) in enumerate(longest, 1):
+        roof = min(peak, intensity * bandwidth / 1000)
+        lines.append(
+            f"{place:2d}  {name}: {100 * rate / roof:.0f} % of its roof" + (f", {number(ms)} ms" if ms else "")
+        )
+    figure.supxlabel("\n".join(lines), fontsize=8, x=0.02, ha="left", linespacing=1.35)
     return figure
 
 

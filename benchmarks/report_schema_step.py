@@ -77,6 +77,8 @@ class Kernel(Model):
     name: str
     flop_per_byte: Positive  # arithmetic intensity
     tflops: Positive
+    group: str | None = None
+    ms: Positive | None = None  # of all its runs in a step
 
 
 class WholeStep(Model):

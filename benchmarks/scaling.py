@@ -29,12 +29,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.environment import cpu_has_bf16, environment
+from benchmarks.environment import cpu_has_bf16, environment, settings_of
 from benchmarks.output import check_target, write_report
 from benchmarks.scaling_table import MODES, join, table
 from ddpm_dist import rendezvous
 from ddpm_dist import runtime as runtimes
-from ddpm_dist.config import Config, flatten, load_config
+from ddpm_dist.config import Config, load_config
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import PREFETCH
 from ddpm_dist.errors import UserError, exit_codes
@@ -179,10 +179,9 @@ def measure(args: argparse.Namespace, runtime: Runtime, scratch: Path) -> dict[s
     reduced = measure_all_reduce([*ALL_REDUCE_BYTES, 4 * parameters], runtime)
     for point in reduced:
         point["nodes"] = points[0]["nodes"]
-    left_out = ("run.dir", "train.global_batch")
     return {
         "benchmark": "scaling", "environment": environment(), "device": runtime.device.type, "parameters": parameters,
-        "config": {key: value for key, value in flatten(config.to_dict()).items() if key not in left_out},
+        "config": {key: value for key, value in settings_of(config).items() if key != "train.global_batch"},
         "steps_per_turn": args.steps, "points": points, "all_reduce": reduced,
     }  # fmt: skip
 

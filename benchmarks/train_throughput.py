@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.environment import cpu_has_bf16, environment
+from benchmarks.environment import cpu_has_bf16, environment, settings_of
 from benchmarks.output import check_target, write_report
 from benchmarks.reference import ReferenceLoop, unpack_shards, write_image_folder
 from benchmarks.sampling_entrant import free_memory, out_of_memory
@@ -36,7 +36,7 @@ from benchmarks.throughput_sizes import one_after_the_other
 from benchmarks.throughput_table import table
 from benchmarks.timing import Contender, matmul_rate
 from ddpm_dist import runtime as runtimes
-from ddpm_dist.config import Config, flatten, load_config
+from ddpm_dist.config import Config, load_config
 from ddpm_dist.data.pipeline import PREFETCH
 from ddpm_dist.errors import OK, RunFailed, UserError, exit_codes
 from ddpm_dist.flops import peak_flops, training_flops
@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace, scratch: Path, runtime: Runtime) -> dict[s
     report = {
         "benchmark": "train_throughput",
         "environment": environment(),
-        "config": {key: value for key, value in flatten(config.to_dict()).items() if key not in ("run.dir", "tracking.uri")},
+        "config": settings_of(config),
         "device": str(device),
         "world_size": ranks,
         "batch_per_rank": args.batch,

@@ -7,6 +7,7 @@ import torch
 from conftest import TINY, alone, lines  # noqa: F401
 from replayed import RecordedCapture
 
+from benchmarks.environment import settings_of, without_folders
 from benchmarks.throughput_loop import Dispatched, OurLoop, counted
 from benchmarks.throughput_sizes import of_one_size, one_after_the_other
 from benchmarks.timing import Clock, Contender, matmul_rate, percentiles
@@ -138,3 +139,14 @@ def test_several_sizes(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one size at a time"):
         one_after_the_other([4, 8], None, words)
+
+
+def test_reports_name_no_folder_of_this_machine(tmp_path):
+    assert without_folders(f"data.shards={tmp_path}/shards/cifar64") == "data.shards=.../cifar64"
+    assert without_folders(str(tmp_path / "mine.yaml")) == ".../mine.yaml"
+    assert without_folders("data.shards=shards/cifar64") == "data.shards=shards/cifar64"
+    found = settings_of(
+        load_config("cifar64", [f"data.shards={tmp_path}", f"run.dir={tmp_path}/run", "train.images=5"])
+    )
+    assert found["data.shards"] == f".../{tmp_path.name}" and found["train.images"] == 5
+    assert not any(str(tmp_path) in str(value) for value in found.values())
