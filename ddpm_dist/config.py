@@ -289,6 +289,14 @@ class Sampling(Section):
         return values if labelled else {**values, "guidance": 0.0, "guidance_interval": None}
 
 
+class Validation(Section):
+    shards: str | None = None  # a folder of images that are not trained on; null: no validation
+    every: int | None = Field(
+        None, ge=1
+    )  # images between two validations, at the next log step; null: checkpoint.every
+    images: int | None = Field(2048, ge=1)  # how many of them, from all over the set; null: all
+
+
 class Tracking(Section):
     mlflow: bool = True
     uri: str | None = None  # null: sqlite file in the run directory's parent
@@ -306,6 +314,7 @@ class Config(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     sampling: Sampling = Sampling()
+    validation: Validation = Validation()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")

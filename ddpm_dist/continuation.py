@@ -21,7 +21,7 @@ from ddpm_dist.models.weights import check_shapes, network_shapes, shape_differe
 CHANGEABLE = (
     "run.name", "run.dir", "data.shards", "data.decoder", "data.cache", "data.cache_gb", "data.cache_dir", "train.images", "train.micro_batch",
     "train.log_every", "train.audit", "train.audit_params_every", "train.max_skipped_steps", "train.hang_seconds",
-    "train.cuda_graph", "train.attention", "engine", "checkpoint", "sampling",
+    "train.cuda_graph", "train.attention", "engine", "checkpoint", "sampling", "validation",
     "tracking", "ema.snapshot_every",
 )  # fmt: skip
 # Keys that checkpoints of an earlier version do not have, with what they meant then.

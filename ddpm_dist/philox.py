@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # One number for each purpose, so that two purposes never share a draw.
-TRAIN_NOISE, SAMPLE_NOISE, SYNTHETIC_PIXELS, AUGMENTATION = 1, 2, 3, 4
+TRAIN_NOISE, SAMPLE_NOISE, SYNTHETIC_PIXELS, AUGMENTATION, VALIDATION_NOISE = 1, 2, 3, 4, 5
 ORDER, TIMESTEPS, LABEL_DROP = 16, 17, 18
 DROPOUT = 32  # and following: one for each dropout layer, 255 at most
 

@@ -77,7 +77,7 @@ class RealImages:
             some = places[begin : begin + batch]
             padded = ids[np.resize(some, batch)]  # DALI's batches have one size
             rows = self.index.rows(padded)
-            encoded = [np.frombuffer(self.index.read(int(sample)), dtype=np.uint8) for sample in padded]
+            encoded = [np.frombuffer(file, dtype=np.uint8) for file in self.index.read_many(padded)]
             windows = augment.windows(self.settings.crop, [1.0, 1.0], rows["height"], rows["width"], None)
             pixels, _, _ = decode(padded, encoded, windows, np.zeros(batch, dtype=bool), rows["label"].astype(np.int64))
             images[some] = pixels.numpy()[: len(some)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -106,8 +107,17 @@ class Records:
         """Time that was not training (previews): not counted into images per second."""
         self._paused += seconds
 
-    def log(self, step: int, result: StepResult, loader: Loader) -> None:
-        """Write the record of completed step ``step`` if it is a log step or the last one.
+    def log_step_before(self, step: int) -> int | None:
+        """The log step before completed step ``step``, 0 where there is none; None if ``step`` is no log step itself."""
+        every = self._config.train.log_every
+        if step % every and step != self._last_step:
+            return None
+        return (step - 1) // every * every
+
+    def log(
+        self, step: int, result: StepResult, loader: Loader, more: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Write the record of completed step ``step`` if it is a log step or the last one. more: what else belongs into it.
 
         Reads the sums back from the device then. Raises RunFailed after train.max_skipped_steps non-finite steps in a row.
         """
@@ -138,6 +148,7 @@ class Records:
             "data_wait_frac": min(1.0, (loader.seconds_waited - self._start_wait) / seconds),
             "mfu": rate * self._flops / self._peak if self._peak else None,
             "gpu_mem_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
+            **more,
             "time": time.time(),
         }
         if self.tracker is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from ddpm_dist.records import Records
 from ddpm_dist.rendezvous import slurm_job
 from ddpm_dist.runtime import Runtime, StopRequest, use_fast_matmuls
 from ddpm_dist.step import TrainStep
+from ddpm_dist.validation import Validation
 from ddpm_dist.watch import Watch
 
 PACK_HINT = (
@@ -106,6 +108,7 @@ class Trainer:
         self._no_compile_cache = compile_cache.keep_beside(self.folder) if config.train.compile else None
         self.step_fn = TrainStep(config, runtime, self.plan, network)
         epoch_size = len(self.index) if self.index is not None else None
+        self.validation = runtime.together(self._open_validation)
         self.records = Records(config, runtime, self.plan.global_batch, epoch_size)
         if reader is not None:
             runtime.together(lambda: self._load(reader, state))
@@ -117,6 +120,14 @@ class Trainer:
         if self.config.data.source != "shards":
             return None
         return open_index(self.config.data, pack_hint(self.config))
+
+    def _open_validation(self) -> Validation | None:
+        if self.config.validation.shards is None:
+            return None
+        found = Validation(self.config, self.runtime, self.index)
+        if found.warning:
+            self._say(f"warning: {found.warning}")
+        return found
 
     def _initialise(self, network: torch.nn.Module) -> None:
         config = self.config
@@ -210,7 +221,9 @@ class Trainer:
                     self._say(f"the first step took {time.monotonic() - begun:.1f} s")
                 records.account(result)
                 records.write_audit(self.completed, self._pieces)
-                records.log(self.completed, result, loader)
+                with watch.patience():
+                    more = self._validate()
+                records.log(self.completed, result, loader, more)
                 with watch.patience():
                     self._preview()
                     if reaches(self.completed, self.plan.global_batch, config.checkpoint.every):
@@ -264,6 +277,20 @@ class Trainer:
             raise RunFailed(words)
 
     # -- what a step leaves behind -------------------------------------------------------------------------------------
+
+    def _validate(self) -> dict[str, float]:
+        """The validation loss for the record of this log step, where one is due since the log step before; else nothing."""
+        before = self.records.log_step_before(self.completed)
+        every = self.config.validation.every or self.config.checkpoint.every
+        if self.validation is None or before is None or every is None:
+            return {}
+        batch = self.plan.global_batch
+        if self.completed * batch // every == before * batch // every and self.completed < self.total_steps:
+            return {}
+        start, step = time.monotonic(), self.step_fn
+        loss = self.validation.loss({**step.ema.gather(0), **step.engine.buffers}, step.schedule)
+        self.records.pause(time.monotonic() - start)
+        return {} if loss is None else {"validation_loss": loss if math.isfinite(loss) else None}
 
     def _preview(self) -> None:
         sampling = self.config.sampling
