@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 NAME = ".compile_cache"
@@ -17,7 +18,7 @@ def keep_beside(run: Path) -> str | None:
 
     Returns why it is not used, None if all is well.
     """
-    if os.environ.get(VARIABLE):
+    if _named_by_the_user():
         return None
     folder = (run.absolute().parent / NAME).resolve()
     try:
@@ -31,3 +32,11 @@ def keep_beside(run: Path) -> str | None:
         return f"{folder}: {error.strerror}"
     os.environ[VARIABLE] = str(folder)
     return None
+
+
+def _named_by_the_user() -> bool:
+    """Parts of torch write their own place into the environment when they are imported, which happens early: that is no wish."""
+    value = os.environ.get(VARIABLE)
+    places = sys.modules.get("torch._inductor.runtime.cache_dir_utils")  # there if it was that part
+    default = getattr(places, "default_cache_dir", None)
+    return bool(value) and not (default is not None and value == default())

@@ -33,6 +33,16 @@ def test_what_the_environment_says_stays(tmp_path, monkeypatch):
     assert os.environ[VARIABLE] == "/elsewhere" and not (tmp_path / "runs").exists()
 
 
+def test_what_torch_itself_says_is_no_wish(tmp_path):
+    code = (
+        "import os, sys, torch._dynamo; from pathlib import Path; from ddpm_dist.compile_cache import VARIABLE, keep_beside\n"
+        "keep_beside(Path(sys.argv[1])); print(os.environ[VARIABLE])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "runs" / "one")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == str(tmp_path / "runs" / NAME), done.stderr
+
+
 def test_a_file_in_the_way_costs_nothing_but_the_cache(tmp_path):
     (tmp_path / NAME).touch()
     assert str(tmp_path / NAME) in keep_beside(tmp_path / "run") and VARIABLE not in os.environ
