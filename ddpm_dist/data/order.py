@@ -3,6 +3,9 @@
 Slot j of step s (steps counted from 0) is position p = s * G + j with G the global batch. Position p belongs to epoch
 p // N and shows sample ``permutation(seed, epoch)[p % N]``. Batches straddle epochs, so every sample appears exactly once in
 an epoch whatever G, N and the number of ranks are.
+
+Sets that are too large for one permutation: ``block_order.py``; several sets and balanced classes: ``mixed_order.py``; which of them a
+run has: ``choose_order.py``.
 """
 
 from __future__ import annotations
@@ -84,10 +87,10 @@ def plan_batches(global_batch: int, micro_batch: int | None, world_size: int) ->
         )
     if global_batch % world_size:
         lower = global_batch // world_size * world_size
-        ranks = [n for n in _divisors(global_batch) if n <= 4 * world_size]
+        ranks = [n for n in divisors(global_batch) if n <= 4 * world_size]
         raise UserError(
             f"train.global_batch={global_batch} is not divisible by {world_size} ranks: use "
-            f"{lower} or {lower + world_size}, or start {_listed(ranks)} ranks"
+            f"{lower} or {lower + world_size}, or start {listed(ranks)} ranks"
         )
     per_rank = global_batch // world_size
     if micro_batch is None:
@@ -95,16 +98,18 @@ def plan_batches(global_batch: int, micro_batch: int | None, world_size: int) ->
     if per_rank % micro_batch:
         raise UserError(
             f"train.micro_batch={micro_batch} does not divide the {per_rank} images of a rank "
-            f"(train.global_batch={global_batch} / {world_size} ranks): choose {_listed(_divisors(per_rank))}"
+            f"(train.global_batch={global_batch} / {world_size} ranks): choose {listed(divisors(per_rank))}"
         )
     return BatchPlan(global_batch, world_size, micro_batch)
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return small + [number // n for n in reversed(small) if n * n != number]
 
 
-def _listed(numbers: list[int]) -> str:
+def listed(numbers: list[int]) -> str:
+    """ "1, 2 or 4"; of a long list its two ends."""
     shown = numbers if len(numbers) <= 12 else [*numbers[:6], *numbers[-6:]]
     return ", ".join(map(str, shown[:-1])) + (" or " if len(shown) > 1 else "") + str(shown[-1])
