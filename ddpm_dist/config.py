@@ -67,6 +67,11 @@ class Run(Section):
         return Path(self.dir) if self.dir else Path("runs") / self.name
 
 
+class MixPart(Section):
+    shards: str = Field(min_length=1)  # a folder with an index
+    weight: float = Field(1.0, gt=0)  # relative to the others; shares are rounded to a thousandth
+
+
 class Data(Section):
     source: Literal["shards", "synthetic"] = "shards"
     shards: str | None = None  # the folder that holds index.json
@@ -80,6 +85,12 @@ class Data(Section):
     decoder: Literal["auto", "cpu", "mixed"] = "auto"
     cache: Literal["auto", "gpu", "host", "none"] = "auto"  # the decoded images, where they fit; see data/cache.py
     cache_gb: float | None = Field(None, gt=0)  # bytes that they may take, per rank; null: auto takes a tenth of a GPU
+    order: Literal["auto", "full", "blocks"] = "auto"  # auto: full up to full_shuffle samples, then blocks of shards
+    full_shuffle: int = Field(20_000_000, ge=1)  # samples; a full permutation takes 16 bytes of memory each, per rank
+    block_shards: int = Field(16, ge=1)  # shards whose samples are permuted together
+    lanes: int = Field(1, ge=1)  # parts of the batch with shards of their own; divides train.global_batch
+    mix: list[MixPart] | None = Field(None, min_length=1)  # several data sets instead of data.shards
+    balance: Literal["none", "class"] = "none"  # class: every class equally often
     cache_dir: str | None = None
     on_bad: Literal["stop"] = "stop"
 

@@ -19,7 +19,7 @@ from ddpm_dist.models.weights import check_shapes, network_shapes, shape_differe
 
 # What a resumed run may change; everything else defines the run (design, "Configuration keys").
 CHANGEABLE = (
-    "run.name", "run.dir", "data.shards", "data.decoder", "data.cache", "data.cache_gb", "data.cache_dir", "train.images", "train.micro_batch",
+    "run.name", "run.dir", "data.shards", "data.decoder", "data.cache", "data.cache_gb", "data.cache_dir", "data.full_shuffle", "train.images", "train.micro_batch",
     "train.log_every", "train.audit", "train.audit_params_every", "train.max_skipped_steps", "train.hang_seconds",
     "train.cuda_graph", "train.attention", "engine", "checkpoint", "sampling", "validation",
     "tracking", "ema.snapshot_every",
@@ -28,6 +28,7 @@ CHANGEABLE = (
 ADDED_LATER = {
     "ema.sigma_rels": [], "train.reduction": "all_reduce", "diffusion.betas": None, "diffusion.min_snr_gamma": None,
     "diffusion.noise": "gaussian", "diffusion.zero_terminal_snr": False,
+    "data.order": "full", "data.block_shards": 16, "data.lanes": 1, "data.mix": None, "data.balance": "none",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 # One number for each purpose, so that two purposes never share a draw.
 TRAIN_NOISE, SAMPLE_NOISE, SYNTHETIC_PIXELS, AUGMENTATION, VALIDATION_NOISE = 1, 2, 3, 4, 5
-ORDER, TIMESTEPS, LABEL_DROP = 16, 17, 18
+ORDER, TIMESTEPS, LABEL_DROP = 16, 17, 18  # 19 to 24: data/block_order.py
 DROPOUT = 32  # and following: one for each dropout layer, 255 at most
 
 _MASK = 0xFFFFFFFF
@@ -122,7 +122,9 @@ def _log(u: Tensor) -> Tensor:
 
 def host_words(seed: int, stream: int, index: int, count: int) -> np.ndarray:
     """``count`` uniform uint64 words for step or epoch ``index``; a prefix of a longer draw equals the shorter one."""
-    return np.random.Philox(key=[seed & (2**64 - 1), stream], counter=[0, 0, index, 0]).random_raw(count)
+    # As an array: numpy makes floating point numbers of a list with a seed of 2^63 or more, and other seeds then give the same words.
+    key = np.array([seed & (2**64 - 1), stream], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=[0, 0, index, 0]).random_raw(count)
 
 
 def host_integers(seed: int, stream: int, index: int, count: int, low: int, high: int) -> np.ndarray:

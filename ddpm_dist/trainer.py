@@ -20,9 +20,11 @@ from ddpm_dist.checkpoint.snapshots import Snapshots
 from ddpm_dist.config import Config
 from ddpm_dist.continuation import check_nothing_lost, check_same_data, check_same_run
 from ddpm_dist.data.cache import bytes_of, choose_place
+from ddpm_dist.data.choose_order import kind_of, make_order
 from ddpm_dist.data.decoder import resolve_decoder
+from ddpm_dist.data.mixed_index import MixedIndex, open_data
 from ddpm_dist.data.order import plan_batches
-from ddpm_dist.data.pipeline import Loader, open_index, shard_batches, synthetic_batches
+from ddpm_dist.data.pipeline import Loader, shard_batches, synthetic_batches
 from ddpm_dist.data.shards import Index
 from ddpm_dist.engines import check_engine
 from ddpm_dist.errors import OK, REQUEUE, RunFailed, UserError, in_words
@@ -116,10 +118,19 @@ class Trainer:
         self.mlflow_run_id = state.get("mlflow_run_id")
         self.total_steps = -(-config.train.images // config.train.global_batch)
 
-    def _open_data(self) -> Index | None:
-        if self.config.data.source != "shards":
+    def _open_data(self) -> Index | MixedIndex | None:
+        config, data = self.config, self.config.data
+        self._order_warnings: list[str] = []
+        if data.source != "shards":
+            data.order = "full"
             return None
-        return open_index(self.config.data, pack_hint(self.config))
+        index = open_data(data, pack_hint(config))
+        data.order = kind_of(len(index), data)  # what auto means now is what the run keeps
+        order = make_order(
+            index, data, config.run.seed, config.train.global_batch
+        )  # refused before anything is written
+        self._order_warnings = getattr(order, "warnings", [])
+        return index
 
     def _open_validation(self) -> Validation | None:
         if self.config.validation.shards is None:
@@ -356,6 +367,10 @@ class Trainer:
             f"{config.run.name}: {start} with {parameters:,} parameters on {ranks} {self.runtime.device.type} rank(s); global "
             f"batch {plan.global_batch} = {plan.micro_batch} per rank x {ranks} ranks x {plan.accumulation} accumulation"
         )
+        for warning in self._order_warnings:
+            self._say(f"warning: {warning}")
+        if config.data.order == "blocks":
+            self._say(f"order: blocks of {config.data.block_shards} shards, {config.data.lanes} lane(s)")
         if config.train.compile:
             self._say("torch.compile: the first step may take minutes (train.compile=false in a new run leaves it out)")
             if self._no_compile_cache:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ddpm_dist.config import Data
 from ddpm_dist.data import augment
 from ddpm_dist.data.decoder import Decoder
-from ddpm_dist.data.shards import Index
+from ddpm_dist.data.shards import CHECKED_AT_ONCE, Index
 from ddpm_dist.errors import UserError
 from ddpm_dist.host_memory import free_host_memory
 
@@ -42,9 +42,12 @@ def choose_place(index: Index, settings: Data, device: torch.device, decoder: st
     images_left: that the run still reads, over all of ``ranks``. auto: on a GPU machine, where the set fits (see data.cache_gb) and
     the rank reads at least as many images as it would have to decode; on a CPU decoding is too quick to matter.
     """
-    wanted, needed = settings.cache, bytes_of(index, settings)
+    wanted = settings.cache
     if wanted == "none" or (wanted == "auto" and (device.type != "cuda" or images_left < ranks * len(index))):
         return "none"
+    if wanted == "auto" and len(index) > CHECKED_AT_ONCE:
+        return "none"
+    needed = bytes_of(index, settings)
     # On the CPU DALI resizes with other roundings than on a GPU, so cut images have to stay where they are resized.
     on_host_only = settings.crop == "random_resized" and decoder == "cpu"
     places = {"auto": ("gpu", "host"), "gpu": ("gpu",), "host": ("host",)}[wanted]

@@ -22,6 +22,7 @@ from ddpm_dist import philox
 from ddpm_dist.config import Data
 from ddpm_dist.data import augment
 from ddpm_dist.data.cache import Cache
+from ddpm_dist.data.choose_order import make_order
 from ddpm_dist.data.decoder import Decoder
 from ddpm_dist.data.order import BatchPlan, SampleOrder
 from ddpm_dist.data.reading import Reader
@@ -142,7 +143,7 @@ def shard_batches(
     cache: str = "none",
 ) -> Iterator[MicroBatch]:
     """Micro-batches of this rank for ``steps`` (counted from 0), decoded by DALI; cache: see ``cache.choose_place``."""
-    order = SampleOrder(len(index), seed)
+    order = make_order(index, settings, seed, plan.global_batch)
     wanted = (
         (step, slots, *order.locate(step * plan.global_batch + slots))
         for step in steps

@@ -1,48 +1,253 @@
-"""Reading webdataset tars strictly: where every image lies, what its label is, and whether the archive is whole.
+"""What a webdataset shard holds: where every image lies, what its label is, and everything that is wrong with it.
 
-Tar libraries are lenient: they stop silently at the first damaged header and pass over data behind the end mark, so
-samples would be lost without a word. This reader refuses such archives, names the place, and never trusts a size.
-
-The format is POSIX ustar with the pax (``x``, ``g``) and GNU long name (``L``) extensions:
-https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html
+A shard is read once, from its beginning to its end (``tar_stream.py``); of an image only the header is looked at, unless it is to be
+decoded. Nothing stops at the first problem: each is a ``Finding``, and no sample of a key that has one is among the samples.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
-import mmap
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from ddpm_dist.data.image_header import MAX_PIXELS, BadImage, Header, read_header
 from ddpm_dist.data.index_file import NO_LABEL, SAMPLE_DTYPE, Shard, checksum
+from ddpm_dist.data.labels import MISSING, BadLabel, LabelRule
+from ddpm_dist.data.tar_stream import BrokenTar, Member, Tape, members, split_name, ustar_name
 from ddpm_dist.errors import UserError
 
-BLOCK = 512
-MAX_EXTENDED = 1 << 20  # a long name or a pax header needs far less; a larger one is an attack or damage
-MAX_LABEL_BYTES = 20
-IMAGE_SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}
-MODES = {"L": 1, "RGB": 3}
-REGULAR, FOLDER, EXTENSIONS = (b"0", b"\0", b"7"), b"5", (b"x", b"g", b"L", b"K")  # the type flags that may occur
+__all__ = ["Finding", "Found", "Member", "Scan", "Wanted", "scan_shard", "scan_stream", "split_name", "ustar_name"]
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_IMAGE_BYTES = 1 << 28
+RECORD = struct.Struct("<QQIiHH")
+DUPLICATE, INTERLEAVED, NO_IMAGE_FOUND = "duplicate key", "interleaved keys", "no image"
+NO_SAMPLE, NO_IMAGE = -1, -2
 
 
-class Member(NamedTuple):
-    """One regular file in a tar: its name, and where its bytes are."""
+class Finding(NamedTuple):
+    """Something wrong: where, in two or three words, and in a sentence. ``key`` is empty where it is the shard as a whole."""
+
+    shard: str
+    key: str
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}:{self.key}: {self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is looked for in a shard.
+
+    Attributes:
+        image: the extension of the image; None: the one of .jpg, .jpeg, .png and .webp that is there.
+        label: how labels are read.
+        max_pixels: images that claim more are a finding.
+        decode: raises BadImage for an image that cannot be decoded; None: only headers are read.
+        expected: checksum of the image at an offset, as found earlier; None: nothing is known.
+    """
+
+    label: LabelRule
+    image: str | None = None
+    max_pixels: int = MAX_PIXELS
+    decode: Callable[[bytes, Header], None] | None = None
+    expected: dict[int, int] | None = None
+
+
+@dataclass
+class Found:
+    """What a shard holds.
+
+    Attributes:
+        samples: (N,) array of ``SAMPLE_DTYPE``; ``label`` is a position in ``labels``, or -1.
+        labels: the different labels, as texts.
+        formats, channels: image formats and numbers of channels that occur.
+        bytes, sha256: of the whole shard; 0 and "" where it has no samples.
+    """
 
     name: str
-    offset: int
-    size: int
+    bytes: int = 0
+    sha256: str = ""
+    samples: np.ndarray = field(default_factory=lambda: np.empty(0, SAMPLE_DTYPE))
+    labels: list[str] = field(default_factory=list)
+    formats: frozenset[str] = frozenset()
+    channels: frozenset[int] = frozenset()
+    findings: list[Finding] = field(default_factory=list)
+
+
+class _Sample:
+    """The files of one key that stand together."""
+
+    __slots__ = ("key", "extensions", "images", "record", "header", "code", "problem")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.extensions: set[str] = set()
+        self.images: list[str] = []
+        self.record: tuple[int, int, int] | None = None  # offset, checksum, size
+        self.header: Header | None = None
+        self.code = NO_LABEL
+        self.problem: tuple[str, str] | None = None
+
+
+class _Scanner:
+    """One pass over a shard."""
+
+    def __init__(self, tape: Tape, name: str, wanted: Wanted) -> None:
+        self.tape, self.name, self.wanted = tape, name, wanted
+        self.findings: list[Finding] = []
+        self.codes: dict[str, int] = {}  # label texts
+        self.formats: set[str] = set()
+        self.channels: set[int] = set()
+        self._raw: dict[bytes, int] = {}  # label files seen before
+        self._rows = bytearray()
+        self._row_of: dict[
+            str, int
+        ] = {}  # by key; where there is a finding: NO_SAMPLE, or NO_IMAGE if it has no image either
+        self._again: dict[str, str] = {}  # keys that come back after others, and what that is called
+
+    def run(self) -> np.ndarray:
+        """The samples without finding: array of ``SAMPLE_DTYPE``."""
+        sample: _Sample | None = None
+        try:
+            for member in members(self.tape):
+                key, extension = split_name(member.name)
+                if not key:
+                    continue
+                if sample is None or key != sample.key:
+                    if sample is not None:
+                        self._finish(sample)
+                    sample = _Sample(key)
+                self._look(sample, extension, member)
+        except BrokenTar as error:
+            # Files of the last key may lie behind the damage, so it is not used.
+            lost = f"; nothing is used from key {sample.key} on" if sample else ""
+            self.findings.append(Finding(self.name, "", error.reason, f"{error}{lost}"))
+        else:
+            if sample is not None:
+                self._finish(sample)
+            if not self._row_of:
+                self.findings.append(Finding(self.name, "", "empty shard", "holds no samples"))
+        samples = np.frombuffer(bytes(self._rows), dtype=SAMPLE_DTYPE)
+        if not self._again:
+            return samples
+        consequences = (MISSING, NO_IMAGE_FOUND)
+        self.findings = [f for f in self.findings if f.key not in self._again or f.reason not in consequences]
+        for key, reason in self._again.items():
+            self.findings.append(
+                Finding(self.name, key, reason, "the key occurs twice, or its files do not stand together")
+            )
+        rows = [self._row_of[key] for key in self._again]
+        return np.delete(samples, [row for row in rows if row >= 0])
+
+    def _look(self, sample: _Sample, extension: str, member: Member) -> None:
+        if extension in sample.extensions:
+            sample.problem = sample.problem or (DUPLICATE, f".{extension} occurs twice")
+            return
+        sample.extensions.add(extension)
+        wanted = self.wanted
+        if extension == wanted.image or (wanted.image is None and extension in IMAGE_EXTENSIONS):
+            sample.images.append(member.name)
+            if len(sample.images) == 1:
+                try:
+                    self._image(sample, member)
+                except BadImage as error:
+                    sample.problem = sample.problem or (error.reason, str(error))
+        elif extension == wanted.label.extension:
+            try:
+                self._label(sample, member)
+            except BadLabel as error:
+                sample.problem = sample.problem or (error.reason, str(error))
+
+    def _image(self, sample: _Sample, member: Member) -> None:
+        if member.size == 0:
+            raise BadImage("empty image", "the image is empty")
+        if member.size > MAX_IMAGE_BYTES:
+            raise BadImage(
+                "absurd image size", f"the image file has {member.size} bytes, at most {MAX_IMAGE_BYTES} are taken"
+            )
+        content = self.tape.take(member.offset, member.size)
+        if len(content) < member.size:
+            return  # the archive ends here, which is found when the next member is asked for
+        sample.record = (member.offset, checksum(content), member.size)
+        expected = self.wanted.expected
+        if expected is not None and expected.get(member.offset, sample.record[1]) != sample.record[1]:
+            raise BadImage("changed image", "its bytes are not those that were indexed: damaged, or replaced")
+        sample.header = read_header(content, self.wanted.max_pixels)
+        if self.wanted.decode is not None:
+            self.wanted.decode(content, sample.header)
+
+    def _label(self, sample: _Sample, member: Member) -> None:
+        rule = self.wanted.label
+        if member.size > rule.max_bytes:
+            raise BadLabel(
+                "bad label",
+                f"the label in .{rule.extension} has {member.size} bytes; at most {rule.max_bytes} are read",
+            )
+        content = self.tape.take(member.offset, member.size)
+        code = self._raw.get(content)
+        if code is None:
+            if len(content) < member.size:
+                return
+            code = self.codes.setdefault(rule.read(content), len(self.codes))
+            if not rule.key:
+                self._raw[content] = code
+        sample.code = code
+
+    def _finish(self, sample: _Sample) -> None:
+        key, rule, problem = sample.key, self.wanted.label, sample.problem
+        if key in self._row_of:
+            twice = sample.images and self._row_of[key] != NO_IMAGE
+            self._again[key] = DUPLICATE if twice else self._again.get(key, INTERLEAVED)
+            return
+        if problem is None and len(sample.images) != 1:
+            names = ", ".join(sample.images[:5]) or "none"
+            kinds = f".{self.wanted.image}" if self.wanted.image else ".jpg, .jpeg, .png or .webp"
+            reason = "several images" if sample.images else NO_IMAGE_FOUND
+            problem = (reason, f"needs exactly one image ({kinds}), found {names}")
+        if problem is None and sample.code == NO_LABEL and rule.extension is not None and not rule.optional:
+            problem = (MISSING, f"has no .{rule.extension} file")
+        if problem is not None:
+            self._row_of[key] = NO_SAMPLE if sample.images else NO_IMAGE
+            self.findings.append(Finding(self.name, key, *problem))
+            return
+        header = sample.header
+        self._row_of[key] = len(self._rows) // RECORD.size
+        self._rows += RECORD.pack(*sample.record, sample.code, header.height, header.width)
+        self.formats.add(header.format)
+        self.channels.add(header.channels)
+
+
+def scan_stream(read: Callable[[int], bytes], name: str, wanted: Wanted) -> Found:
+    """Read a whole shard and say what it holds, and what is wrong with it.
+
+    Args:
+        read: returns the next bytes of the shard, at most as many as asked for; empty at the end.
+        name: what findings call it.
+
+    Raises:
+        OSError: what ``read`` raises.
+    """
+    tape = Tape(read)
+    scanner = _Scanner(tape, name, wanted)
+    samples = scanner.run()
+    size, sha256 = tape.finish() if len(samples) else (0, "")  # what is not used need not be read to its end
+    return Found(
+        name, size, sha256, samples, list(scanner.codes), frozenset(scanner.formats), frozenset(scanner.channels), scanner.findings
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a shard holds: the shard's entry, its samples, and the image formats and channel counts that occur."""
+    """What a shard of ours holds: the shard's entry, its samples, and the image formats and channel counts that occur."""
 
     shard: Shard
     samples: np.ndarray
@@ -50,234 +255,39 @@ class Scan:
     channels: frozenset[int]
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Key and extension as in webdataset: ``a/b.seg.png`` -> (``a/b``, ``seg.png``). Hidden files: ("", "")."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")
+NUMBERS = Wanted(LabelRule("cls", meaning="number", optional=True))
 
 
-def ustar_name(header: bytes) -> str:
-    """The file name in a 512 byte tar header (prefix and name joined)."""
-    name = _text(header[:100])
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{name}" if prefix else name
+def scan_shard(path: str | os.PathLike) -> Scan:
+    """Read a shard in which nothing may be wrong, and say what it holds.
 
-
-def members(data: bytes | mmap.mmap, where: str) -> Iterator[Member]:
-    """The regular files of an uncompressed tar, in order.
-
-    Args:
-        data: the whole archive.
-        where: what error messages call it.
-
-    Raises:
-        UserError: the archive is empty, cut short or damaged, or holds links, devices or sparse files.
-    """
-    total, position, long_name, pax = len(data), 0, "", {}
-    if total == 0:
-        raise UserError(f"{where}: the file is empty, not a tar archive")
-    while True:
-        header = data[position : position + BLOCK]
-        if len(header) < BLOCK:
-            raise UserError(f"{where}: cut short at byte {position}: the end-of-archive mark is missing")
-        if header.count(0) == BLOCK:
-            _check_end(data, position, where)
-            return
-        kind, size = _check_header(header, position, where)
-        if "size" in pax and kind in REGULAR:
-            size = pax["size"]
-        start = position + BLOCK
-        if size > total - start:
-            raise UserError(
-                f"{where}: cut short or damaged: the header at byte {position} announces {size} bytes, "
-                f"{total - start} are left"
-            )
-        position = start + -(-size // BLOCK) * BLOCK
-        if kind in EXTENSIONS:
-            if size > MAX_EXTENDED:
-                raise UserError(f"{where}: the extended header at byte {start - BLOCK} claims {size} bytes")
-            if kind == b"x":
-                pax = _pax_records(bytes(data[start : start + size]), start, where)
-            elif kind == b"L":
-                long_name = _text(data[start : start + size])
-            continue
-        if kind in REGULAR:
-            yield Member(pax.get("path") or long_name or ustar_name(header), start, size)
-        elif kind != FOLDER:
-            raise UserError(
-                f"{where}: {ustar_name(header)!r} at byte {start - BLOCK} is not a regular file (type {kind!r}): "
-                "write the tar with plain files only"
-            )
-        long_name, pax = "", {}
-
-
-def scan_shard(path: str | os.PathLike, check_image=None) -> Scan:
-    """Read a whole shard and say what it holds.
-
-    Every sample needs exactly one image (jpg, jpeg or png; grey or RGB); a label is an ASCII integer in ``key.cls``.
+    Every sample needs exactly one image (jpg, png or webp; grey or RGB); a label is an ASCII integer in ``key.cls``.
     Either all samples of a shard have a label or none. Files of other types are passed over. Only the header of an
-    image is parsed unless ``check_image(data)`` is given, which may raise ValueError with a reason.
+    image is parsed.
 
     Raises:
-        UserError: "shard:key: reason".
+        UserError: "shard:key: reason", of the first finding.
     """
     path = Path(path)
-    records, formats, channels = [], set(), set()
-    with _mapped(path) as data:
-        for key, files in _samples(data, str(path)):
-            where = f"{path}:{key}"
-            image = _image_of(files, where)
-            content = data[image.offset : image.offset + image.size]
-            if check_image is not None:
-                try:
-                    check_image(content)
-                except ValueError as error:
-                    raise UserError(f"{where}: {error}") from None
-            kind, mode, width, height = _image_header(content, where)
-            formats.add(kind)
-            channels.add(MODES[mode])
-            label = _label(data, files.get("cls"), where)
-            records.append((image.offset, checksum(content), image.size, label, height, width))
-        sha256 = hashlib.sha256(data).hexdigest()
-    samples = np.array(records, dtype=SAMPLE_DTYPE)
-    if not len(samples):
-        raise UserError(f"{path}: holds no samples")
-    labelled = samples["label"] != NO_LABEL
-    if labelled.any() and not labelled.all():
-        missing = int((~labelled).sum())
+    with open_local(path) as file:
+        found = scan_stream(file.read, str(path), NUMBERS)
+    if found.findings:
+        shard, key, _, detail = found.findings[0]
+        raise UserError(f"{shard}:{key}: {detail}" if key else f"{shard}: {detail}")
+    labels = np.array([int(text) for text in found.labels] + [NO_LABEL], dtype=np.int32)
+    samples = found.samples.copy()
+    samples["label"] = labels[samples["label"]]
+    missing = int((samples["label"] == NO_LABEL).sum())
+    if 0 < missing < len(samples):
         raise UserError(f"{path}: {missing} of {len(samples)} samples have no .cls file: label all or none")
-    shard = Shard(path.name, len(samples), os.path.getsize(path), sha256)
-    return Scan(shard, samples, frozenset(formats), frozenset(channels))
+    return Scan(Shard(path.name, len(samples), found.bytes, found.sha256), samples, found.formats, found.channels)
 
 
 @contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[bytes | mmap.mmap]:
+def open_local(path: Path) -> Iterator[BinaryIO]:
+    """Unbuffered: it is read in large pieces. Raises UserError."""
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
-                yield b""
-                return
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                yield data
+        with open(path, "rb", buffering=0) as file:
+            yield file
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _samples(data: bytes | mmap.mmap, where: str) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Consecutive members of the same key, as {extension: member}."""
-    current, files, seen = "", {}, set()
-    for member in members(data, where):
-        key, extension = split_name(member.name)
-        if not key:
-            continue
-        if key != current:
-            if current:
-                yield current, files
-            if key in seen:
-                raise UserError(f"{where}:{key}: the key occurs twice, or its files do not stand together")
-            seen.add(key)
-            current, files = key, {}
-        if extension in files:
-            raise UserError(f"{where}:{key}: .{extension} occurs twice")
-        files[extension] = member
-    if current:
-        yield current, files
-
-
-def _image_of(files: dict[str, Member], where: str) -> Member:
-    found = [member for extension, member in files.items() if extension in IMAGE_SUFFIXES]
-    if len(found) != 1:
-        names = ", ".join(member.name for member in found) or "none"
-        raise UserError(f"{where}: needs exactly one image (.jpg, .jpeg or .png), found {names}")
-    if found[0].size == 0:
-        raise UserError(f"{where}: the image is empty")
-    if found[0].size >= 1 << 32:
-        raise UserError(f"{where}: the image has 4 GiB or more")
-    return found[0]
-
-
-def _image_header(content: bytes, where: str) -> tuple[str, str, int, int]:
-    """Format, mode, width and height as Pillow finds them in the first bytes."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-            kind, mode, (width, height) = image.format, image.mode, image.size
-    except Exception:  # Pillow raises many types on damaged headers
-        raise UserError(f"{where}: not a JPEG or PNG image") from None
-    if mode not in MODES:
-        raise UserError(f"{where}: image mode {mode} is neither 8 bit grey nor 8 bit RGB")
-    if max(width, height) > 65535:
-        raise UserError(f"{where}: {width} x {height} pixels; at most 65535 a side are possible")
-    return IMAGE_SUFFIXES[kind.lower()], mode, width, height
-
-
-def _label(data: bytes | mmap.mmap, member: Member | None, where: str) -> int:
-    if member is None:
-        return NO_LABEL
-    text = bytes(data[member.offset : member.offset + min(member.size, MAX_LABEL_BYTES + 1)]).strip()
-    if not text.isdigit() or len(text) > MAX_LABEL_BYTES or int(text) >= 1 << 31:
-        raise UserError(f"{where}: the label in .cls must be a whole number from 0 to 2147483647, found {text!r}")
-    return int(text)
-
-
-def _check_header(header: bytes, position: int, where: str) -> tuple[bytes, int]:
-    """Type and size of a header whose check sum is right."""
-    try:
-        stated = _number(header[148:156])
-        size = _number(header[124:136])
-    except ValueError:
-        stated, size = -1, 0
-    if stated != sum(header) - sum(header[148:156]) + 8 * ord(" "):  # the field itself counts as eight spaces
-        raise UserError(f"{where}: damaged or not a tar archive: no valid header at byte {position}")
-    return header[156:157], size
-
-
-def _check_end(data: bytes | mmap.mmap, position: int, where: str) -> None:
-    """Behind the end mark only zeros may follow: a second archive there would be lost without a word."""
-    while position < len(data):
-        piece = data[position : position + (1 << 20)]
-        if piece.count(0) != len(piece):
-            raise UserError(
-                f"{where}: data follows the end-of-archive mark at byte {position} (two tars joined by cat?): "
-                "make it one archive"
-            )
-        position += len(piece)
-
-
-def _number(field: bytes) -> int:
-    """An octal field, or GNU's base-256 one for sizes of 8 GiB and more. Raises ValueError."""
-    if field[0] & 0x80:
-        if field[0] != 0x80:
-            raise ValueError("negative or too large")
-        return int.from_bytes(field[1:], "big")
-    text = field.rstrip(b" \0").lstrip(b" ")
-    if not text.isdigit():  # int() would also take signs and underscores
-        raise ValueError("not octal")
-    return int(text, 8)
-
-
-def _text(field: bytes) -> str:
-    return bytes(field).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _pax_records(content: bytes, position: int, where: str) -> dict:
-    """``path`` and ``size`` from records of the form "LENGTH KEY=VALUE\\n"."""
-    found: dict = {}
-    try:
-        while content:
-            length = int(content.split(b" ", 1)[0])
-            record, content = content[:length], content[length:]
-            if length < 5 or not record.endswith(b"\n"):
-                raise ValueError
-            key, _, value = record.split(b" ", 1)[1][:-1].partition(b"=")
-            if key == b"path":
-                found["path"] = _text(value)
-            elif key == b"size":
-                found["size"] = int(value)
-                if found["size"] < 0:
-                    raise ValueError
-    except (ValueError, IndexError):
-        raise UserError(f"{where}: damaged pax header at byte {position}") from None
-    return found

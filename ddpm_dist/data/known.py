@@ -1,0 +1,109 @@
+"""What an index folder remembers of the shards it was made from, so that unchanged ones are not read again; and what was left out.
+
+``scanned.jsonl``: a line on how shards were read and which index it belongs to, then one line per shard: location, size, time of change or
+entity tag, image formats and channels. ``quarantine.json``: every sample and shard that was left out, and why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_dist.data.index_file import NO_LABEL, durable
+from ddpm_dist.data.scan import Scanned
+from ddpm_dist.data.shards import Index
+from ddpm_dist.data.tars import Finding, Found
+from ddpm_dist.errors import UserError
+
+SCANNED, QUARANTINE = "scanned.jsonl", "quarantine.json"
+VERSION = 1
+
+
+def write_scanned(folder: Path, fingerprint: str, options: dict[str, Any], shards: Iterable[Scanned]) -> None:
+    """shards: those of the index, in its order."""
+
+    def lines(file: Any) -> None:
+        head = {"format": "ddpm_dist-scanned", "version": VERSION, "fingerprint": fingerprint, "options": options}
+        file.write(json.dumps(head).encode("ascii") + b"\n")
+        for shard in shards:
+            found = shard.found
+            row = [found.name, found.bytes, shard.mtime, shard.etag, sorted(found.formats), sorted(found.channels)]
+            file.write(json.dumps(row).encode("ascii") + b"\n")
+
+    durable(folder / SCANNED, lines)
+
+
+def write_quarantine(folder: Path, findings: list[Finding]) -> None:
+    """Nothing is written where there are none."""
+    if findings:
+        rows = [f._asdict() for f in findings]
+        durable(folder / QUARANTINE, lambda file: file.write((json.dumps(rows, indent=0) + "\n").encode("ascii")))
+
+
+class Known:
+    """The shards that an index folder knows, by location. Empty where there is none that can be used."""
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        """options: how shards are read now; what was read otherwise is not used."""
+        self._rows: dict[str, tuple[int, list[Any]]] = {}
+        self._findings: dict[str, list[Finding]] = {}
+        try:
+            self.index = Index.load(folder)
+            with open(folder / SCANNED, encoding="ascii") as file:
+                head = json.loads(file.readline())
+                if (
+                    head["version"] != VERSION
+                    or head["fingerprint"] != self.index.fingerprint
+                    or head["options"] != options
+                ):
+                    return
+                rows = [json.loads(line) for line in file]
+            self._ends = np.cumsum([0, *(shard.samples for shard in self.index.shards)]).tolist()
+            if [row[1] for row in rows] != [shard.bytes for shard in self.index.shards]:
+                return
+            for row in json.loads((folder / QUARANTINE).read_text("ascii")) if (folder / QUARANTINE).exists() else []:
+                finding = Finding(**row)
+                self._findings.setdefault(finding.shard, []).append(finding)
+            self._rows = {row[0]: (number, row) for number, row in enumerate(rows)}
+        except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):
+            self._rows = {}  # damaged, or none there: everything is read again
+
+    def __contains__(self, location: str) -> bool:
+        return location in self._rows
+
+    def unchanged(self, location: str, now: tuple[int | None, int | None, str | None]) -> bool:
+        """Whether a shard is what it was; now: size, time of change and entity tag, of which one has to be known beside the size."""
+        size, mtime, etag = self._rows[location][1][1:4]
+        return now == (size, mtime, etag) and size is not None and (mtime is not None or etag is not None)
+
+    def sha256(self, location: str) -> str:
+        """What the shard's sha256 was."""
+        return self.index.shards[self._rows[location][0]].sha256
+
+    def checksums(self, location: str) -> dict[int, int]:
+        """Checksum of every image of a shard by its offset."""
+        rows = self._records(location)
+        return dict(zip(rows["offset"].tolist(), rows["checksum"].tolist(), strict=True))
+
+    def scanned(self, location: str) -> Scanned:
+        """What was found when it was read."""
+        number, (name, size, mtime, etag, formats, channels) = self._rows[location]
+        samples, labels = self._records(location).copy(), []
+        if self.index.classes is not None:
+            used, codes = np.unique(samples["label"], return_inverse=True)
+            samples["label"], labels = codes, [self.index.classes[label] for label in used.tolist()]
+        else:
+            samples["label"] = NO_LABEL
+        found = Found(
+            name, size, self.index.shards[number].sha256, samples, labels, frozenset(formats), frozenset(channels),
+            self._findings.get(name, []),
+        )  # fmt: skip
+        return Scanned(found, mtime, etag, reused=True)
+
+    def _records(self, location: str) -> np.ndarray:
+        number = self._rows[location][0]
+        return self.index.rows(np.arange(*self._ends[number : number + 2]))
