@@ -91,7 +91,12 @@ class Data(Section):
     lanes: int = Field(1, ge=1)  # parts of the batch with shards of their own; divides train.global_batch
     mix: list[MixPart] | None = Field(None, min_length=1)  # several data sets instead of data.shards
     balance: Literal["none", "class"] = "none"  # class: every class equally often
-    cache_dir: str | None = None
+    cache_dir: str | None = Field(None, min_length=1)  # on a local disk: shards are fetched to it, once per node
+    cache_dir_gb: float | None = Field(
+        None, gt=0
+    )  # what it may take; null: what the set needs, half of the disk at most
+    allow_pipe: bool = False  # run the commands of shards that are named "pipe:command"
+    fetch_patience: float = Field(600.0, gt=0)  # seconds for which a shard may stay away
     on_bad: Literal["stop"] = "stop"
 
     @field_validator("range")

@@ -248,6 +248,8 @@ class Trainer:
             self._close("FAILED")
             raise
         finally:
+            if self.index is not None:
+                self.index.close()  # the loader may be waiting for a shard
             loader.close()
             with contextlib.suppress(RuntimeError):  # of a peer that is gone
                 stop.finish()

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_dist.data.block_order import BlockOrder, Lanes
+from ddpm_dist.data.block_order import LOOKED_AT, BlockOrder, Lanes
 from ddpm_dist.data.mixed_order import ClassOrder, MixedOrder, set_seed
 from ddpm_dist.data.order import SampleOrder
 from ddpm_dist.errors import UserError
+
+AHEAD = 64  # shards that are named ahead of their use
 
 
 def kind_of(samples: int, settings: Any) -> str:
@@ -79,3 +81,17 @@ def _balanced(index: Any, settings: Any, seed: int) -> ClassOrder:
             "sample and rank), or set data.balance=none"
         )
     return ClassOrder(index.samples["label"], seed, index.classes)
+
+
+def shards_ahead(order: Any, index: Any, step: int, slots: np.ndarray, global_batch: int) -> np.ndarray:
+    """Numbers of the shards that the slots of a rank need from ``step`` on, soonest first, a few dozen of them.
+
+    slots: int64, those of the rank in one step.
+    """
+    if hasattr(order, "shards_ahead"):
+        return order.shards_ahead(step, slots, AHEAD)
+    steps = max(2, LOOKED_AT // len(slots))
+    positions = (np.arange(step, step + steps)[:, None] * global_batch + slots[None, :]).ravel()
+    numbers = index.shard_of(order.locate(positions)[1])
+    _, first = np.unique(numbers, return_index=True)
+    return numbers[np.sort(first)][:AHEAD]

@@ -75,6 +75,29 @@ class MixedIndex:
         number = int(np.searchsorted(self._ends, sample_id, side="right"))
         return self.parts[number].describe(int(sample_id - (self._ends[number - 1] if number else 0)))
 
+    def want(self, numbers: np.ndarray) -> None:
+        """As :meth:`Index.want`; shards are numbered one set after the other."""
+        begin = 0
+        for part in self.parts:
+            own = numbers[(numbers >= begin) & (numbers < begin + len(part.shards))] - begin
+            part.want(own)
+            begin += len(part.shards)
+
+    def shard_of(self, ids: np.ndarray) -> np.ndarray:
+        """As :meth:`Index.shard_of`; shards are numbered one set after the other."""
+        found = np.empty(np.shape(ids), dtype=np.int64)
+        begins = np.cumsum([0, *(len(part.shards) for part in self.parts)])
+        for number, part in enumerate(self.parts):
+            first = self._ends[number - 1] if number else 0
+            places = np.flatnonzero((ids >= first) & (ids < self._ends[number]))
+            found[places] = part.shard_of(ids[places] - first) + begins[number]
+        return found
+
+    def close(self) -> None:
+        """As :meth:`Index.close`."""
+        for part in self.parts:
+            part.close()
+
     def _each(self, ids: np.ndarray, action: Callable[[Index, np.ndarray, np.ndarray], Any]) -> None:
         """``action(part, its own ids, their places in ids)`` for every set that occurs."""
         numbers = np.searchsorted(self._ends, ids, side="right")

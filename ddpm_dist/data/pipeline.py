@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,14 +24,18 @@ from ddpm_dist import philox
 from ddpm_dist.config import Data
 from ddpm_dist.data import augment
 from ddpm_dist.data.cache import Cache
-from ddpm_dist.data.choose_order import make_order
+from ddpm_dist.data.choose_order import make_order, shards_ahead
 from ddpm_dist.data.decoder import Decoder
 from ddpm_dist.data.order import BatchPlan, SampleOrder
 from ddpm_dist.data.reading import Reader
-from ddpm_dist.data.shards import Index
+from ddpm_dist.data.remote_source import public_name, refuse_command
+from ddpm_dist.data.shard_cache import ShardCache
+from ddpm_dist.data.shards import MAX_CHECKED_FILES, Index
 from ddpm_dist.errors import UserError
 from ddpm_dist.runtime import Runtime
 
+CACHE_SHARE = 0.5  # of the disk, for fetched shards, unless data.cache_dir_gb says otherwise
+FETCHERS = 8  # threads of a node that fetch shards ahead of need
 PREFETCH = 3  # micro-batches that wait decoded
 T = TypeVar("T")
 
@@ -115,6 +121,7 @@ def open_index(settings: Data, pack_hint: str) -> Index:
         raise UserError(f"the shard folder {settings.shards} (data.shards) does not exist.\n{pack_hint}")
     index = Index.load(settings.shards)
     index.check_files()
+    index.cache = _cache_of(index, settings)
     low, high = index.ranges["label"]
     if settings.num_classes is not None:
         if low < 0:
@@ -132,6 +139,27 @@ def open_index(settings: Data, pack_hint: str) -> Index:
     return index
 
 
+def _cache_of(index: Index, settings: Data) -> ShardCache | None:
+    """Where the shards of an index are fetched to; None where they are read in place. UserError where they cannot be."""
+    if settings.cache_dir is None:
+        if index.is_remote():
+            raise UserError(
+                f"{settings.shards}: its shards are not on this machine ({public_name(index.location(0))}): set data.cache_dir to a folder "
+                "on a local disk, where they are fetched to, and data.cache_dir_gb to what it may take"
+            )
+        return None
+    for number in range(min(len(index.shards), MAX_CHECKED_FILES)):
+        refuse_command(index.location(number), settings.allow_pipe)
+    folder, whole = Path(settings.cache_dir), int(index.shard_bytes.sum())
+    if settings.cache_dir_gb is not None:
+        budget = int(settings.cache_dir_gb * 1e9)
+    else:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        budget = min(whole, int(CACHE_SHARE * shutil.disk_usage(there).total))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return ShardCache(folder, budget, max(1, FETCHERS // ranks), settings.allow_pipe, settings.fetch_patience)
+
+
 def shard_batches(
     index: Index,
     settings: Data,
@@ -144,11 +172,17 @@ def shard_batches(
 ) -> Iterator[MicroBatch]:
     """Micro-batches of this rank for ``steps`` (counted from 0), decoded by DALI; cache: see ``cache.choose_place``."""
     order = make_order(index, settings, seed, plan.global_batch)
-    wanted = (
-        (step, slots, *order.locate(step * plan.global_batch + slots))
-        for step in steps
-        for slots in (plan.slots(runtime.rank, micro) for micro in range(plan.accumulation))
-    )
+
+    def positions() -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        everything = np.concatenate([plan.slots(runtime.rank, micro) for micro in range(plan.accumulation)])
+        for step in steps:
+            if fetched:
+                index.want(shards_ahead(order, index, step, everything, plan.global_batch))
+            for slots in (plan.slots(runtime.rank, micro) for micro in range(plan.accumulation)):
+                yield step, slots, *order.locate(step * plan.global_batch + slots)
+
+    fetched = any(part.cache is not None for part in getattr(index, "parts", [index]))
+    wanted = positions()
     with Reader(index) as read:
         if cache != "none":
             kept = Cache(index, settings, plan.micro_batch, runtime.device, decoder, cache, read)

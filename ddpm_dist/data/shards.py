@@ -38,6 +38,8 @@ from ddpm_dist.data.index_file import (
     write_index,
 )
 from ddpm_dist.data.large_index import LargeTable
+from ddpm_dist.data.remote_source import public_name
+from ddpm_dist.data.shard_cache import ShardCache
 from ddpm_dist.data.tars import split_name, ustar_name
 from ddpm_dist.errors import UserError
 
@@ -84,6 +86,7 @@ class Index:
         self.fingerprint: str = head["fingerprint"]
         self.ranges: dict[str, list[int]] = head["ranges"]
         self._table, self._ends = table, ends
+        self.cache: ShardCache | None = None  # where shards are fetched to; None: they are files of this machine
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -139,6 +142,29 @@ class Index:
             return str(self.folder / name)
         return name if self.root == "" else f"{self.root.rstrip('/')}/{name}"
 
+    def is_remote(self) -> bool:
+        """Whether a shard lies elsewhere than in the file system of this machine."""
+        if self.root:
+            return remote(self.root)
+        return self.root == "" and any(remote(shard.name) for shard in self.shards)
+
+    @property
+    def shard_bytes(self) -> np.ndarray:
+        """(S,) the size of every shard."""
+        table = getattr(self.shards, "bytes", None)
+        return np.array([shard.bytes for shard in self.shards]) if table is None else table
+
+    def want(self, numbers: np.ndarray) -> None:
+        """With a cache: the shards (numbers, soonest first) that will be read next. Returns at once."""
+        if self.cache is not None:
+            coming = (number for number in numbers.tolist() if number not in self._files)
+            self.cache.want((self.location(n), self.shards[n].bytes, self.shards[n].sha256) for n in coming)
+
+    def close(self) -> None:
+        """End the fetching of shards; whoever waits for one gets a RuntimeError."""
+        if self.cache is not None:
+            self.cache.close()
+
     def check_files(self) -> None:
         """Check that every shard is there with the recorded size (a stat each, nothing is read).
 
@@ -147,10 +173,12 @@ class Index:
         Raises:
             UserError: naming the shard that is missing or has another size.
         """
-        if "://" in (self.root or "") or len(self.shards) > MAX_CHECKED_FILES:
+        if remote(self.root or "") or len(self.shards) > MAX_CHECKED_FILES:
             return
         for number, shard in enumerate(self.shards):
-            path = self._path(number)
+            if remote(self.location(number)):
+                continue
+            path = Path(self.location(number))
             try:
                 size = path.stat().st_size
             except OSError as error:
@@ -172,12 +200,14 @@ class Index:
         return "copy it again, or run python -m ddpm_dist.index again"
 
     def verify(self) -> None:
-        """Read every shard and compare its sha256 with the index. Raises UserError naming the first that differs."""
+        """Read every shard of this machine and compare its sha256 with the index. Raises UserError naming the first that differs."""
         self.check_files()
         for number, shard in enumerate(self.shards):
-            if file_sha256(self._path(number)) != shard.sha256:
+            if remote(self.location(number)):
+                continue
+            if file_sha256(Path(self.location(number))) != shard.sha256:
                 raise UserError(
-                    f"shard {self._path(number)} is damaged: its sha256 is not the one in index.json; {self._remedy}"
+                    f"shard {self.location(number)} is damaged: its sha256 is not the one in index.json; {self._remedy}"
                 )
 
     def shard_of(self, ids: np.ndarray) -> np.ndarray:
@@ -193,7 +223,7 @@ class Index:
 
     def describe(self, sample_id: int) -> str:
         """``FOLDER/SHARD:KEY`` of a sample, for messages; works on damaged shards as well."""
-        path = self.location(int(self.shard_of(np.asarray(sample_id))))
+        path = public_name(self.location(int(self.shard_of(np.asarray(sample_id)))))
         try:
             return f"{path}:{self.key_of(sample_id)}"
         except UserError:
@@ -227,33 +257,48 @@ class Index:
         try:
             return os.pread(self._file(number).descriptor, size, offset)
         except OSError as error:
-            raise UserError(f"shard {self.location(number)} cannot be read: {error.strerror}") from None
-
-    def _path(self, number: int) -> Path:
-        """Where shard ``number`` can be read on this machine."""
-        return Path(self.location(number))
+            raise UserError(f"shard {public_name(self.location(number))} cannot be read: {error.strerror}") from None
 
     def _file(self, number: int) -> _OpenFile:
         with self._lock:
-            file = self._files.pop(number, None)
-            if file is None:
-                file, shard = _OpenFile(self._path(number)), self.shards[number]
-                size = os.fstat(file.descriptor).st_size
-                if size != shard.bytes:
-                    raise self._other_size(self._path(number), size, shard)
-            self._files[number] = file
+            file = self._files.get(number)
+            if file is not None:
+                self._files.move_to_end(number)
+                return file
+        opened = self._open(number)  # outside of the lock: it may wait for a shard to arrive
+        with self._lock:
+            file = self._files.setdefault(number, opened)  # another thread may have been quicker
+            self._files.move_to_end(number)
             if len(self._files) > MAX_OPEN_FILES:
                 self._files.popitem(last=False)  # closed once no other thread is reading from it
             return file
+
+    def _open(self, number: int) -> _OpenFile:
+        where, shard = self.location(number), self.shards[number]
+        if self.cache is not None:
+            return _OpenFile(self.cache.open(where, shard.bytes, shard.sha256))
+        if remote(where):
+            raise UserError(
+                f"shard {public_name(where)} is not on this machine: set data.cache_dir to a folder on a local disk (and data.cache_dir_gb "
+                "to what it may take), where shards are fetched to"
+            )
+        file = _OpenFile(os.open(where, os.O_RDONLY | os.O_CLOEXEC))
+        size = os.fstat(file.descriptor).st_size
+        if size != shard.bytes:
+            raise self._other_size(Path(where), size, shard)
+        return file
+
+
+def remote(where: str) -> bool:
+    """Whether a location is a URL or a command rather than a path."""
+    return "://" in where or where.startswith("pipe:")
 
 
 class _OpenFile:
     """A descriptor that closes when the last user lets go of it."""
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        os.close(self.descriptor)
