@@ -33,6 +33,7 @@ from benchmarks.kernels_names import DTYPES
 from benchmarks.kernels_step import Workload, settings
 from benchmarks.ladder_rungs import OurStep
 from benchmarks.ladder_table import number
+from benchmarks.options import check_memory
 from benchmarks.output import check_target, machine, publish
 from benchmarks.sampling_entrant import free_memory, limit_memory
 from ddpm_dist.errors import UserError, exit_codes
@@ -206,6 +207,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "method": METHOD[device.type], "repeats": args.repeats,
         "minimum_mb_per_image": minimum / 1e6, "peak_mb_per_image": peak / 1e6, "ratio": peak / minimum,
         "minimum_mb": [each.savings.bytes / 1e6 for each in found], "peak_mb": [statistics.median(each.peaks) / 1e6 for each in found],
+        "peak_mb_per_image_turns": [slope(pair, args.batches) / 1e6 for pair in zip(small.peaks, large.peaks, strict=True)],
         "peak_mb_repeats": [[bytes_ / 1e6 for bytes_ in each.peaks] for each in found],
         "phases_mb_per_image": {phase: slope((small.phases[phase], large.phases[phase]), args.batches) / 1e6 for phase in PHASES},
         "kinds": [
@@ -296,8 +298,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m benchmarks.activations``."""
     args = parse(argv)
+    check_memory(args.memory_gb)
     check_target(args.json)
-    check_target(args.markdown)
+    check_target(args.markdown, "--markdown")
     found = measure(args)
     publish(found, markdown(found), args.json, args.markdown)
     return 0

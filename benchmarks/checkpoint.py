@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import cpu_has_bf16, environment
+from benchmarks.options import SCRATCH, refuse_overrides
 from benchmarks.output import check_target, grid, write_report
 from ddpm_dist import runtime as runtimes
 from ddpm_dist.config import Config, load_config
@@ -37,6 +38,7 @@ def settings(args: argparse.Namespace, scratch: Path, runtime: Runtime) -> Confi
     if runtime.device.type == "cpu":
         precision = "bf16" if cpu_has_bf16() else "fp32"
         fitted += [f"train.precision={precision}", "train.compile=false", "train.channels_last=true"]
+    refuse_overrides(args.overrides, SCRATCH)
     return load_config(args.config, [*fitted, *args.overrides])
 
 

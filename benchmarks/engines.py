@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import cpu_has_bf16, environment
+from benchmarks.options import SCRATCH, refuse_overrides
 from benchmarks.output import check_target, grid, write_report
 from ddpm_dist.config import Config, load_config
 from ddpm_dist.engines.deepspeed_config import count_parameters
@@ -59,6 +60,7 @@ def settings(args: argparse.Namespace, scratch: str, engine: str) -> Config:
     if not torch.cuda.is_available():
         precision = "bf16" if cpu_has_bf16() else "fp32"
         fitted += [f"train.precision={precision}", "train.compile=false"]
+    refuse_overrides(args.overrides, SCRATCH)
     return load_config(args.config, [*fitted, *args.overrides])
 
 

@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m benchmarks.huge_index``."""
     args = parse(argv)
     check_target(args.json)
-    check_target(args.markdown)
+    check_target(args.markdown, "--markdown")
     report = measure(args)
     publish(report, markdown(report), args.json, args.markdown)
     return 0

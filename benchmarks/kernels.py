@@ -32,6 +32,7 @@ from benchmarks.kernels_record import Kernel
 from benchmarks.kernels_replay import Clock, attention_ways, prepared, race, ways_of
 from benchmarks.kernels_step import Workload, record, settings
 from benchmarks.kernels_table import markdown
+from benchmarks.options import check_memory
 from benchmarks.output import check_target, publish
 from benchmarks.sampling_entrant import free_memory, limit_memory
 from benchmarks.timing import Contender, matmul_rate
@@ -249,8 +250,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m benchmarks.kernels``."""
     args = parse(argv)
+    check_memory(args.memory_gb)
     check_target(args.json)
-    check_target(args.markdown)
+    check_target(args.markdown, "--markdown")
     found = measure(args)
     publish(found, markdown(found), args.json, args.markdown)
     return 0

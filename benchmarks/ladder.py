@@ -32,6 +32,7 @@ from benchmarks.environment import cpu_has_bf16, environment, settings_of
 from benchmarks.ladder_parts import attention_backends, upsampling
 from benchmarks.ladder_rungs import TOLERANCES, Answer, Setting, Switches, answer, compare, ladder
 from benchmarks.ladder_table import markdown
+from benchmarks.options import check_memory
 from benchmarks.output import check_target, publish, write_report
 from benchmarks.sampling_entrant import free_memory, limit_memory, out_of_memory
 from benchmarks.timing import Contender
@@ -262,8 +263,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m benchmarks.ladder``: 1 when a rung computes something else than the first."""
     args = parse(argv)
+    check_memory(args.memory_gb)
     check_target(args.json)
-    check_target(args.markdown)
+    check_target(args.markdown, "--markdown")
     report, right = measure(args)
     publish(report, markdown(report), args.json, args.markdown)
     return 0 if right else 1

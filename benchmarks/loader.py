@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m benchmarks.loader``: 1 when a contestant failed or delivered something else than the data set."""
     args = parse(argv)
     check_target(args.json)
-    check_target(args.markdown)
+    check_target(args.markdown, "--markdown")
     with tempfile.TemporaryDirectory(prefix="loader_") as scratch:
         report, right = measure(args, Path(scratch))
     publish(report, markdown(report), args.json, args.markdown)

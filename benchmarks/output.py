@@ -9,10 +9,12 @@ from typing import Any
 from ddpm_dist.errors import UserError
 
 
-def check_target(path: Path | None) -> None:
-    """UserError when the report could not be written, before anything is measured."""
+def check_target(path: Path | None, option: str = "--json") -> None:
+    """UserError when a report could not be written, before anything is measured."""
     if path and not path.resolve().parent.is_dir():
-        raise UserError(f"--json {path}: its folder does not exist")
+        raise UserError(f"{option} {path}: its folder does not exist")
+    if path and path.is_dir():
+        raise UserError(f"{option} {path}: that is a folder; name a file in it")
 
 
 def write_report(path: Path | None, report: dict[str, Any]) -> None:

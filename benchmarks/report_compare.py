@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from benchmarks.report_text import commit, number, span
 from ddpm_dist.errors import BAD_USAGE, FAILED, OK, UserError
 
 WORSE_BY = 0.02
+ENOUGH_TURNS = 5
+SURELY = 1.6  # from 1 on two medians differ in 95 of 100 cases; a report has many numbers, and turns on a shared machine are not independent
 # What has to be alike for two runs of a benchmark to have measured the same thing.
 SAME = (
     "device", "world_size", "batch_per_rank", "batch", "batches", "parameters", "image_size", "size", "network", "processes", "ranks",
@@ -41,11 +44,16 @@ DETAILS = ("environment", "config", "code", "calculated", "step_percentiles")
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a report. ``low`` .. ``high`` are its turns, None where the report does not have them."""
+    """One number of a report. ``low`` .. ``high`` are the extremes of its turns, None where the report does not have them.
+
+    notch: half the width of the interval that holds the median (McGill, Tukey and Larsen 1978, "Variations of box plots": 1.57 times the
+    interquartile range over the root of the number of turns); None where single turns are not known, or fewer than five.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
+    notch: float | None = None
 
 
 def measures(data: Any, path: str = "") -> Iterator[tuple[str, Measure]]:
@@ -84,19 +92,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _turns(data: dict[str, Any], key: str) -> tuple[float | None, float | None]:
-    """Lowest and highest turn of a number, in one of the ways in which reports have them."""
+def _turns(data: dict[str, Any], key: str) -> tuple[float | None, float | None, float | None]:
+    """Lowest and highest turn of a number, in one of the ways in which reports have them, and the notch."""
     turns = data.get(f"{key}_turns")
     if isinstance(turns, list) and turns and all(map(_is_number, turns)):
-        return min(turns), max(turns)
+        notch = None
+        if len(turns) >= ENOUGH_TURNS:
+            first, _, third = statistics.quantiles(turns, n=4, method="inclusive")
+            notch = 1.57 * (third - first) / len(turns) ** 0.5
+        return min(turns), max(turns), notch
     forms = [(f"{key}_lowest", f"{key}_highest"), (f"lowest_{key}", f"highest_{key}")]
     if key == "images_per_sec":  # an entry that has them once means its rate
         forms.append(("lowest", "highest"))
     for names in forms:
         low, high = (data.get(name) for name in names)
         if _is_number(low) and _is_number(high):
-            return low, high
-    return None, None
+            return low, high, None
+    return None, None, None
 
 
 def better(name: str) -> int:
@@ -121,6 +133,8 @@ def verdict(name: str, old: Measure, new: Measure) -> str:
     if None in (old.low, new.low):
         return "no spread measured"
     apart = new.high < old.low or new.low > old.high
+    if old.notch is not None and new.notch is not None:  # many turns say more than their extremes
+        apart = apart or abs(change) > SURELY * (old.notch + new.notch)
     if not apart or abs(change / old.value) <= WORSE_BY:
         return "within the noise"
     return "better" if change * sign > 0 else "REGRESSION"

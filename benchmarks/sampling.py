@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import cpu_has_bf16, environment
+from benchmarks.options import check_memory
 from benchmarks.output import check_target, publish
 from benchmarks.reference import ReferenceUNet
 from benchmarks.reference_sampling import DIFFUSERS, DiffusersSampling, ReferenceSampling, Sampling
@@ -220,8 +221,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m benchmarks.sampling``."""
     args = parse(argv)
+    if not args.turn_seconds > 0:
+        raise UserError(f"--turn-seconds must be above 0, not {args.turn_seconds}")
+    check_memory(args.memory_gb)
     check_target(args.json)
-    check_target(args.markdown)
+    check_target(args.markdown, "--markdown")
     report = measure(args)
     publish(report, markdown(report), args.json, args.markdown)
     return 0

@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.environment import cpu_has_bf16, environment, settings_of
+from benchmarks.options import SCRATCH, refuse_overrides
 from benchmarks.output import check_target, write_report
 from benchmarks.scaling_table import MODES, join, table
 from ddpm_dist import rendezvous
@@ -54,6 +55,7 @@ def settings(args: argparse.Namespace, mode: str, scratch: Path, world_size: int
     if not torch.cuda.is_available():
         precision = "bf16" if cpu_has_bf16() else "fp32"
         fitted += [f"train.precision={precision}", "train.compile=false", "train.channels_last=true"]
+    refuse_overrides(args.overrides, SCRATCH)
     config = load_config(args.config, [*fitted, *args.overrides])
     if config.train.global_batch != batch:
         raise UserError("train.global_batch: set it with --global-batch (strong scaling) and --batch (weak scaling)")

@@ -25,10 +25,12 @@ from typing import Any
 import torch
 
 from benchmarks.environment import cpu_has_bf16, environment
+from benchmarks.options import SCRATCH, refuse_overrides
 from benchmarks.output import check_target, grid, machine, write_report
 from ddpm_dist.compile_cache import NAME, VARIABLE
 from ddpm_dist.config import Config, load_config
 from ddpm_dist.errors import RunFailed, UserError, exit_codes
+from ddpm_dist.models import build_model
 
 KINDS = ("first", "second")
 SAYS = re.compile(r"the first step took ([\d.]+) s")
@@ -45,6 +47,8 @@ def fitted(args: argparse.Namespace, on_gpu: bool) -> list[str]:
     ]  # fmt: skip
     if not on_gpu:
         words.append(f"train.precision={'bf16' if cpu_has_bf16() else 'fp32'}")
+    own = {"train.global_batch": "choose the images of a step with --batch", "train.images": "it trains one step"}
+    refuse_overrides(args.overrides, SCRATCH | own)
     return [*words, *args.overrides]
 
 
@@ -86,6 +90,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     words = fitted(args, on_gpu)
     config = load_config(args.config, words)
+    with torch.device("meta"):  # raises UserError for keywords that the network does not have
+        build_model(config.model.name, **config.network_keywords())
     if not config.train.compile:
         raise UserError("train.compile=false: without compiling the first start and the second are the same")
     subprocess.run([sys.executable, "-c", "import ddpm_dist.trainer"], check=True)

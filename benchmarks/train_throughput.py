@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.environment import cpu_has_bf16, environment, settings_of
+from benchmarks.options import SCRATCH, refuse_overrides
 from benchmarks.output import check_target, write_report
 from benchmarks.reference import ReferenceLoop, unpack_shards, write_image_folder
 from benchmarks.sampling_entrant import free_memory, out_of_memory
@@ -48,6 +49,11 @@ REFERENCE_IMAGES = 512
 
 def settings(args: argparse.Namespace, scratch: Path, device: torch.device, world_size: int) -> Config:
     """The configuration that is timed: the file, fitted to the benchmark and the device, then the user's overrides."""
+    own = {
+        "train.global_batch": "choose the images of a step with --batch", "train.micro_batch": "choose the images of a step with --batch",
+        "data.source": "choose with --source", "tracking.mlflow": "choose with --mlflow", "tracking.uri": "it has a file of its own",
+    }  # fmt: skip
+    refuse_overrides(args.overrides, SCRATCH | own)
     fitted = [
         f"run.dir={scratch / 'run'}",
         f"data.source={args.source}",
@@ -172,7 +178,7 @@ def measure(args: argparse.Namespace, scratch: Path, runtime: Runtime) -> dict[s
     if others:
         ratios = [theirs / own for own, theirs in zip(step, others[0].seconds, strict=True)]
         report["reference"] = others[0].report(flops, peak)
-        report["ratio"] = statistics.median(ratios)
+        report["ratio"], report["ratio_turns"] = statistics.median(ratios), ratios
         report["ratio_lowest"], report["ratio_highest"] = min(ratios), max(ratios)
     else:
         report["reference_skipped"] = skipped
@@ -259,10 +265,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.batch = args.batches[0]
     if len(set(args.batches)) < len(args.batches):
         raise UserError("--batch names the same size twice")
-    for name, least in (("batch", 1), ("steps", 1), ("repeats", 1), ("warmup", 0)):
+    for name, least in (("batch", 1), ("steps", 1), ("repeats", 1), ("warmup", 0), ("reference_workers", 0)):
         for value in args.batches if name == "batch" else [getattr(args, name)]:
             if value < least:
-                raise UserError(f"--{name} must be at least {least}, not {value}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     return args
 
 

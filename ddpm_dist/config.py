@@ -97,7 +97,9 @@ class Data(Section):
     )  # what it may take; null: what the set needs, half of the disk at most
     allow_pipe: bool = False  # run the commands of shards that are named "pipe:command"
     fetch_patience: float = Field(600.0, gt=0)  # seconds for which a shard may stay away
-    on_bad: Literal["stop"] = "stop"
+    on_bad: Literal["stop", "skip"] = (
+        "stop"  # a damaged sample ends the run, or the one behind it in the index stands in for it
+    )
 
     @field_validator("range")
     @classmethod

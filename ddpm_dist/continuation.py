@@ -20,7 +20,7 @@ from ddpm_dist.models.weights import check_shapes, network_shapes, shape_differe
 # What a resumed run may change; everything else defines the run (design, "Configuration keys").
 CHANGEABLE = (
     "run.name", "run.dir", "data.shards", "data.decoder", "data.cache", "data.cache_gb", "data.cache_dir", "data.cache_dir_gb", "data.allow_pipe",
-    "data.fetch_patience", "data.full_shuffle", "train.images", "train.micro_batch",
+    "data.fetch_patience", "data.on_bad", "data.full_shuffle", "train.images", "train.micro_batch",
     "train.log_every", "train.audit", "train.audit_params_every", "train.max_skipped_steps", "train.hang_seconds",
     "train.cuda_graph", "train.attention", "engine", "checkpoint", "sampling", "validation",
     "tracking", "ema.snapshot_every",

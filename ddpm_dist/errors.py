@@ -21,6 +21,14 @@ class UserError(Exception):
     """Bad input: the message says what was wrong, where, and what to do. Entry points turn it into exit code 2."""
 
 
+class BadSample(UserError):
+    """A sample that cannot be used whoever reads it: its bytes are not those of the index, or they are no image. ``sample``: its id."""
+
+    def __init__(self, message: str, sample: int) -> None:
+        super().__init__(message)
+        self.sample, self.one_rank = sample, True
+
+
 class RunFailed(Exception):
     """The run itself went wrong (not its input) in a way that a traceback would not explain. Becomes exit code 1."""
 

@@ -27,7 +27,9 @@ class RealImages:
     settings: Data
 
     @classmethod
-    def open(cls, data: Data, shards: Path | None, classes: list[str] | None, title: str) -> RealImages:
+    def open(
+        cls, data: Data, shards: Path | None, classes: list[str] | None, title: str, option: str = "--shards FOLDER"
+    ) -> RealImages:
         """The shards that ``data`` names, or those in ``shards``; ``classes``: names of the network's labels, if known.
 
         A random crop becomes the largest centred square, and nothing is mirrored. Raises UserError where there are no shards, or
@@ -40,11 +42,11 @@ class RealImages:
         crop = "center" if data.crop == "random_resized" else data.crop
         folder = str(shards or data.shards)
         settings = data.model_copy(update={"source": "shards", "shards": folder, "crop": crop, "flip": False})
-        index = open_index(settings, "Name the folder with the real images: --shards FOLDER")
+        index = open_index(settings, f"Name the folder with the images: {option}", option.partition("=")[0])
         if settings.num_classes is not None and None not in (classes, index.classes) and classes != index.classes:
             raise UserError(
-                f"{folder} has the classes {', '.join(index.classes[:10])}, but {title} knows {', '.join(classes[:10])}: give the "
-                "shards it was trained on (--shards FOLDER)"
+                f"{folder} has the classes {', '.join(index.classes[:10])}, but {title} knows {', '.join(classes[:10])}: give "
+                f"shards with the same classes ({option})"
             )
         return cls(index, settings)
 

@@ -35,6 +35,7 @@ from ddpm_dist.records import Records
 from ddpm_dist.rendezvous import slurm_job
 from ddpm_dist.runtime import Runtime, StopRequest, use_fast_matmuls
 from ddpm_dist.step import TrainStep
+from ddpm_dist.tracking.progress import warn
 from ddpm_dist.validation import Validation
 from ddpm_dist.watch import Watch
 
@@ -234,6 +235,7 @@ class Trainer:
                 records.write_audit(self.completed, self._pieces)
                 with watch.patience():
                     more = self._validate()
+                more |= self._replaced(loader)
                 records.log(self.completed, result, loader, more)
                 with watch.patience():
                     self._preview()
@@ -290,6 +292,13 @@ class Trainer:
             raise RunFailed(words)
 
     # -- what a step leaves behind -------------------------------------------------------------------------------------
+
+    def _replaced(self, loader: Loader) -> dict[str, float]:
+        """With data.on_bad=skip, at log steps: how many images of this start stood in for bad ones, on all ranks together."""
+        if self.config.data.on_bad != "skip" or self.records.log_step_before(self.completed) is None:
+            return {}
+        gathered = self.runtime.gather(loader.replaced)
+        return {} if gathered is None else {"replaced_samples": sum(gathered)}
 
     def _validate(self) -> dict[str, float]:
         """The validation loss for the record of this log step, where one is due since the log step before; else nothing."""
@@ -369,6 +378,8 @@ class Trainer:
             f"{config.run.name}: {start} with {parameters:,} parameters on {ranks} {self.runtime.device.type} rank(s); global "
             f"batch {plan.global_batch} = {plan.micro_batch} per rank x {ranks} ranks x {plan.accumulation} accumulation"
         )
+        if config.train.cuda_graph and self.runtime.device.type != "cuda":
+            self._say("note: train.cuda_graph=true has no effect without a GPU")
         for warning in self._order_warnings:
             self._say(f"warning: {warning}")
         if config.data.order == "blocks":
@@ -398,6 +409,7 @@ class Trainer:
                 steps,
                 self.decoder,
                 self._cache(steps),
+                warn,
             )
         else:
             batches = synthetic_batches(config.data, self.plan, self.runtime, config.run.seed, steps)

@@ -36,7 +36,8 @@ class Validation:
         """UserError where the shards cannot be used; ``warning``: text if images of theirs are trained on, too."""
         self._config, self._runtime = config, runtime
         data = config.data.model_copy(update={"shards": config.validation.shards})
-        real = RealImages.open(data, None, training.classes if training is not None else None, "the run")
+        classes = training.classes if training is not None else None
+        real = RealImages.open(data, None, classes, "the run", "validation.shards=FOLDER")
         count = min(config.validation.images or len(real.index), len(real.index))
         self.warning = _shared(real.index, training)
         # From all over the set: shards may be sorted by class.

@@ -7,7 +7,7 @@ import copy
 import pytest
 from report_copies import MACHINE, RESULTS, ladder, loader, real, training, write
 
-from benchmarks import report
+from benchmarks import report, report_compare
 
 
 def compare(tmp_path, old, new) -> int:
@@ -156,3 +156,19 @@ def test_what_cannot_be_compared(tmp_path, capsys):
         assert report.main(["--compare", *words]) == 2
         assert message in capsys.readouterr().err
     assert report.main(["--check", "--compare", good, good]) == 2
+
+
+def test_a_fifth_less_is_seen_although_single_turns_overlap():
+    turns = [1.7, 1.9, 2.0, 2.0, 2.05, 2.1, 2.2]
+
+    def of(factor):
+        rates = [factor * rate for rate in turns]
+        return dict(report_compare.measures({"images_per_sec": factor * 2.0, "images_per_sec_turns": rates}))[
+            "images_per_sec"
+        ]
+
+    def verdict(factor):
+        return report_compare.verdict("ddpm_dist.images_per_sec", of(1.0), of(factor))
+
+    assert of(1.0).low < of(0.8).high * 1.1 and verdict(0.85) == "REGRESSION"  # 1.70 .. 2.20 and 1.45 .. 1.87 overlap
+    assert verdict(1.2) == "better" and verdict(0.95) == "within the noise" and verdict(1.0) == "within the noise"

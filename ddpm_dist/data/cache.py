@@ -45,8 +45,13 @@ def choose_place(index: Index, settings: Data, device: torch.device, decoder: st
     wanted = settings.cache
     if wanted == "none" or (wanted == "auto" and (device.type != "cuda" or images_left < ranks * len(index))):
         return "none"
-    if wanted == "auto" and len(index) > CHECKED_AT_ONCE:
+    if wanted == "auto" and (len(index) > CHECKED_AT_ONCE or settings.on_bad == "skip"):
         return "none"
+    if settings.on_bad == "skip":
+        raise UserError(
+            f"data.cache={wanted} does not go with data.on_bad=skip: leave bad samples out of the index (python -m ddpm_dist.index --check "
+            "--quarantine), or set data.cache=none"
+        )
     needed = bytes_of(index, settings)
     # On the CPU DALI resizes with other roundings than on a GPU, so cut images have to stay where they are resized.
     on_host_only = settings.crop == "random_resized" and decoder == "cpu"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm_dist.config import Data
 from ddpm_dist.data.shards import Index
-from ddpm_dist.errors import UserError
+from ddpm_dist.errors import BadSample, UserError
 
 
 def resolve_decoder(decoder: str, device: torch.device) -> str:
@@ -200,11 +200,8 @@ class Decoder:
                 pipe.feed_input("encoded", [data])
                 pipe.run()
             except RuntimeError:
-                found = UserError(
-                    f"{self._index.describe(int(sample))} cannot be decoded; repair or remove it and pack again"
-                )
-                found.one_rank = True
-                return found
+                where = self._index.describe(int(sample))
+                return BadSample(f"{where} cannot be decoded; repair or remove it and pack again", int(sample))
         return error
 
 

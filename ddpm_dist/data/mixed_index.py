@@ -14,7 +14,7 @@ import numpy as np
 from ddpm_dist.config import Data
 from ddpm_dist.data.pipeline import open_index
 from ddpm_dist.data.shards import SAMPLE_DTYPE, Index
-from ddpm_dist.errors import UserError
+from ddpm_dist.errors import BadSample, UserError
 
 
 class MixedIndex:
@@ -102,8 +102,12 @@ class MixedIndex:
         """``action(part, its own ids, their places in ids)`` for every set that occurs."""
         numbers = np.searchsorted(self._ends, ids, side="right")
         for number in np.unique(numbers):
-            places = np.flatnonzero(numbers == number)
-            action(self.parts[number], ids[places] - (self._ends[number - 1] if number else 0), places)
+            places, first = np.flatnonzero(numbers == number), int(self._ends[number - 1]) if number else 0
+            try:
+                action(self.parts[number], ids[places] - first, places)
+            except BadSample as error:
+                error.sample += first
+                raise
 
 
 def open_data(settings: Data, pack_hint: str) -> Index | MixedIndex:

@@ -6,12 +6,14 @@ mirrors them to uint8; the trainer normalises. Nothing here remembers a position
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +25,7 @@ from torch import Tensor
 from ddpm_dist import philox
 from ddpm_dist.config import Data
 from ddpm_dist.data import augment
+from ddpm_dist.data.bad_samples import BadSamples
 from ddpm_dist.data.cache import Cache
 from ddpm_dist.data.choose_order import make_order, shards_ahead
 from ddpm_dist.data.decoder import Decoder
@@ -31,7 +34,7 @@ from ddpm_dist.data.reading import Reader
 from ddpm_dist.data.remote_source import public_name, refuse_command
 from ddpm_dist.data.shard_cache import ShardCache
 from ddpm_dist.data.shards import MAX_CHECKED_FILES, Index
-from ddpm_dist.errors import UserError
+from ddpm_dist.errors import BadSample, UserError
 from ddpm_dist.runtime import Runtime
 
 CACHE_SHARE = 0.5  # of the disk, for fetched shards, unless data.cache_dir_gb says otherwise
@@ -50,13 +53,17 @@ class MicroBatch:
     pixels: Tensor
     labels: Tensor
     ready: Any = None  # CUDA event of the copy to the device
+    replaced: int = 0  # how many stand for samples that cannot be used (data.on_bad=skip)
 
 
 class Loader:
-    """Runs a source of micro-batches in a background thread; ``seconds_waited`` is what the consumer waited for it."""
+    """Runs a source of micro-batches in a background thread.
+
+    ``seconds_waited``: what the consumer waited for it; ``replaced``: images so far that stand for bad ones.
+    """
 
     def __init__(self, batches: Iterator[MicroBatch], device: torch.device) -> None:
-        self.seconds_waited = 0.0
+        self.seconds_waited, self.replaced = 0.0, 0
         self._taken, self._waiting = 0, False
         self._queue: queue.Queue = queue.Queue(maxsize=PREFETCH)
         self._stop = threading.Event()
@@ -95,6 +102,7 @@ class Loader:
             raise RuntimeError("the loader was asked for more steps than it was started for")
         if isinstance(item, BaseException):
             raise item
+        self.replaced += item.replaced
         if item.ready is not None:
             stream = torch.cuda.current_stream()
             stream.wait_event(item.ready)
@@ -113,12 +121,15 @@ class Loader:
         self._thread.join(timeout=30)
 
 
-def open_index(settings: Data, pack_hint: str) -> Index:
-    """Load and check the index of ``data.shards`` against the configuration. UserError with the remedy."""
+def open_index(settings: Data, pack_hint: str, key: str = "data.shards") -> Index:
+    """Load and check the index of ``data.shards`` against the configuration. UserError with the remedy.
+
+    key: how messages call the setting.
+    """
     if settings.shards is None:
-        raise UserError(f"data.shards is not set: name the folder with the packed shards.\n{pack_hint}")
+        raise UserError(f"{key} is not set: name the folder with the packed shards.\n{pack_hint}")
     if not os.path.isdir(settings.shards):
-        raise UserError(f"the shard folder {settings.shards} (data.shards) does not exist.\n{pack_hint}")
+        raise UserError(f"the shard folder {settings.shards} ({key}) does not exist.\n{pack_hint}")
     index = Index.load(settings.shards)
     index.check_files()
     index.cache = _cache_of(index, settings)
@@ -169,8 +180,13 @@ def shard_batches(
     steps: range,
     decoder: str,
     cache: str = "none",
+    told: Callable[[str], None] = lambda text: None,
 ) -> Iterator[MicroBatch]:
-    """Micro-batches of this rank for ``steps`` (counted from 0), decoded by DALI; cache: see ``cache.choose_place``."""
+    """Micro-batches of this rank for ``steps`` (counted from 0), decoded by DALI; cache: see ``cache.choose_place``.
+
+    told: called once for each bad sample that data.on_bad=skip leaves out, with a sentence, in the thread that reads.
+    """
+    bad = BadSamples(len(index), told)
     order = make_order(index, settings, seed, plan.global_batch)
 
     def positions() -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
@@ -189,16 +205,44 @@ def shard_batches(
             for step, slots, epochs, ids in wanted:
                 yield MicroBatch(step, slots, ids, *kept(ids, *_treatment(index, settings, seed, epochs, ids)))
             return
-        decode = Decoder(index, settings, plan.micro_batch, runtime.device, decoder)
-        reading = _ahead((step, slots, epochs, ids, read.start(ids)) for step, slots, epochs, ids in wanted)
+        taken: deque[tuple] = deque()  # from ``wanted``, and not yet delivered
 
-        def started() -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-            for step, slots, epochs, ids, files in reading:
-                decode.start(ids, files(), *_treatment(index, settings, seed, epochs, ids))
-                yield step, slots, ids
+        def take() -> Iterator[tuple]:
+            for item in wanted:
+                taken.append(item)
+                yield item
 
-        for begun in _ahead(started()):
-            yield MicroBatch(*begun, *decode.finish())
+        while True:
+            again = list(taken)
+            try:
+                for batch in _decoded(
+                    index, settings, plan, runtime, seed, decoder, read, itertools.chain(again, take()), bad
+                ):
+                    taken.popleft()
+                    yield batch
+                return
+            except BadSample as error:
+                if settings.on_bad != "skip":
+                    raise
+                bad.add(error)
+
+
+def _decoded(
+    index: Index, settings: Data, plan: BatchPlan, runtime: Runtime, seed: int, decoder: str, read: Reader, wanted: Iterator[tuple],
+    bad: BadSamples,
+) -> Iterator[MicroBatch]:  # fmt: skip
+    """Micro-batches of ``wanted`` until one holds a sample that cannot be used: raises BadSample, and what had begun has to begin again."""
+    decode = Decoder(index, settings, plan.micro_batch, runtime.device, decoder)
+    replaced = ((step, slots, epochs, *bad.replace(ids)) for step, slots, epochs, ids in wanted)
+    reading = _ahead((*item, read.start(item[3])) for item in replaced)
+
+    def started() -> Iterator[tuple[int, np.ndarray, np.ndarray, int]]:
+        for step, slots, epochs, ids, count, files in reading:
+            decode.start(ids, files(), *_treatment(index, settings, seed, epochs, ids))
+            yield step, slots, ids, count
+
+    for step, slots, ids, count in _ahead(started()):
+        yield MicroBatch(step, slots, ids, *decode.finish(), count)
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

@@ -41,7 +41,7 @@ from ddpm_dist.data.large_index import LargeTable
 from ddpm_dist.data.remote_source import public_name
 from ddpm_dist.data.shard_cache import ShardCache
 from ddpm_dist.data.tars import split_name, ustar_name
-from ddpm_dist.errors import UserError
+from ddpm_dist.errors import BadSample, UserError
 
 __all__ = [
     "IMAGE_FORMATS",
@@ -246,9 +246,10 @@ class Index:
         for place, (number, size, offset, wanted) in enumerate(zip(numbers, *columns, strict=True)):
             data = self._pread(number, size, offset)
             if checksum(data) != wanted:
-                raise UserError(
+                raise BadSample(
                     f"{self.describe(int(ids[place]))}: the image bytes do not match the index (the shard is damaged or was "
-                    "replaced): copy it again, or pack again"
+                    f"replaced): {self._remedy}",
+                    int(ids[place]),
                 )
             found.append(data)
         return found
