@@ -62,7 +62,7 @@ class LoaderEntry(Numbers):
 
 
 class Loader(Report):
-    cores: Annotated[int, Field(ge=1)] = 1
+    cores: Count = 1
     size: Count
     entries: Annotated[list[LoaderEntry], Field(min_length=1)]
 

@@ -67,7 +67,7 @@ def loader(folder: Folder, page: Page) -> list[str]:
             ratios = ["-" if one is None else with_span(one) for one in (each.to_dali, each.to_webdataset)]
             rows.append((plain(each.name), number(each.images_per_sec), span(each.lowest, each.highest), cpu, *ratios))
         more = result.found.model_extra or {}
-        cores = f", {many(more['cores'], 'core')} for each loader" if isinstance(more.get("cores"), int) else ""
+        cores = f", {many(result.found.cores, 'core')} for each loader"
         limits = ["", f"{plain(more['limits'])}."] if more.get("limits") else []
         head = f"JPEGs of {result.found.size}x{result.found.size} pixels{cores}."
         lines += ["", head, "", *markdown(rows), *limits, *page.sources([result], folder)]
