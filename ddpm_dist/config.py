@@ -82,7 +82,16 @@ class Data(Section):
     flip: bool = False
     crop: Literal["none", "center", "random_resized"] = "none"
     crop_scale: list[float] = Field([0.8, 1.0], min_length=2, max_length=2)  # share of the area, random_resized
-    decoder: Literal["auto", "cpu", "mixed"] = "auto"
+    color_jitter: list[float] = Field(
+        [0.0, 0.0, 0.0, 0.0], min_length=4, max_length=4
+    )  # brightness, contrast, saturation, hue
+    decoder: Literal["auto", "cpu", "mixed"] = "auto"  # auto: mixed on a GPU for images of 256 pixels and more
+    hw_decoder_load: float | None = Field(
+        None, ge=0, le=1
+    )  # share of JPEGs for the GPU's decoding hardware; null: DALI's choice
+    threads: int | None = Field(None, ge=1)  # of DALI, per rank; null: cores / ranks of the machine, 4 at most
+    prefetch: int = Field(3, ge=1)  # micro-batches that wait decoded
+    readers: int = Field(4, ge=1)  # threads that read files, where storage is slow
     cache: Literal["auto", "gpu", "host", "none"] = "auto"  # the decoded images, where they fit; see data/cache.py
     cache_gb: float | None = Field(None, gt=0)  # bytes that they may take, per rank; null: auto takes a tenth of a GPU
     order: Literal["auto", "full", "blocks"] = "auto"  # auto: full up to full_shuffle samples, then blocks of shards
@@ -107,6 +116,21 @@ class Data(Section):
         if not value[0] < value[1]:
             raise ValueError("the first number must be below the second")
         return value
+
+    @field_validator("color_jitter")
+    @classmethod
+    def _jitter(cls, value: list[float]) -> list[float]:
+        if any(not 0 <= strength <= most for strength, most in zip(value, (10, 10, 10, 0.5), strict=True)):
+            raise ValueError("must be four numbers: brightness, contrast and saturation from 0, hue from 0 to 0.5")
+        return value
+
+    @model_validator(mode="after")
+    def _grey(self) -> Data:
+        if self.channels == 1 and any(self.color_jitter[2:]):
+            raise ValueError(
+                "data.color_jitter: grey images have neither saturation nor hue; set the last two numbers to 0"
+            )
+        return self
 
     @field_validator("crop_scale")
     @classmethod

@@ -19,7 +19,8 @@ from ddpm_dist.models.weights import check_shapes, network_shapes, shape_differe
 
 # What a resumed run may change; everything else defines the run (design, "Configuration keys").
 CHANGEABLE = (
-    "run.name", "run.dir", "data.shards", "data.decoder", "data.cache", "data.cache_gb", "data.cache_dir", "data.cache_dir_gb", "data.allow_pipe",
+    "run.name", "run.dir", "data.shards", "data.decoder", "data.cache", "data.cache_gb", "data.cache_dir", "data.cache_dir_gb", "data.hw_decoder_load", "data.threads", "data.prefetch", "data.readers",
+     "data.allow_pipe",
     "data.fetch_patience", "data.on_bad", "data.full_shuffle", "train.images", "train.micro_batch",
     "train.log_every", "train.audit", "train.audit_params_every", "train.max_skipped_steps", "train.hang_seconds",
     "train.cuda_graph", "train.attention", "engine", "checkpoint", "sampling", "validation",
@@ -29,7 +30,7 @@ CHANGEABLE = (
 ADDED_LATER = {
     "ema.sigma_rels": [], "train.reduction": "all_reduce", "diffusion.betas": None, "diffusion.min_snr_gamma": None,
     "diffusion.noise": "gaussian", "diffusion.zero_terminal_snr": False,
-    "data.order": "full", "data.block_shards": 16, "data.lanes": 1, "data.mix": None, "data.balance": "none",
+    "data.color_jitter": [0.0, 0.0, 0.0, 0.0], "data.order": "full", "data.block_shards": 16, "data.lanes": 1, "data.mix": None, "data.balance": "none",
 }  # fmt: skip
 
 

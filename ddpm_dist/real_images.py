@@ -41,7 +41,8 @@ class RealImages:
             raise UserError(f"{title} does not say which shards it was trained on: name them with --shards FOLDER")
         crop = "center" if data.crop == "random_resized" else data.crop
         folder = str(shards or data.shards)
-        settings = data.model_copy(update={"source": "shards", "shards": folder, "crop": crop, "flip": False})
+        still = {"crop": crop, "flip": False, "color_jitter": [0.0] * 4}
+        settings = data.model_copy(update={"source": "shards", "shards": folder, **still})
         index = open_index(settings, f"Name the folder with the images: {option}", option.partition("=")[0])
         if settings.num_classes is not None and None not in (classes, index.classes) and classes != index.classes:
             raise UserError(

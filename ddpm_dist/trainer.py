@@ -21,7 +21,7 @@ from ddpm_dist.config import Config
 from ddpm_dist.continuation import check_nothing_lost, check_same_data, check_same_run
 from ddpm_dist.data.cache import bytes_of, choose_place
 from ddpm_dist.data.choose_order import kind_of, make_order
-from ddpm_dist.data.decoder import resolve_decoder
+from ddpm_dist.data.decoder import decode_threads, resolve_decoder
 from ddpm_dist.data.mixed_index import MixedIndex, open_data
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import Loader, shard_batches, synthetic_batches
@@ -100,7 +100,7 @@ class Trainer:
         self._fix_what_the_start_decides(state)
         self.decoder = None
         if self.index is not None:
-            self.decoder = resolve_decoder(state.get("decoder") or config.data.decoder, runtime.device)
+            self.decoder = resolve_decoder(state.get("decoder") or config.data.decoder, runtime.device, self.index)
         if reader is not None:
             runtime.together(lambda: self._check_same_run(reader, accept_data_change))
 
@@ -382,6 +382,12 @@ class Trainer:
             self._say("note: train.cuda_graph=true has no effect without a GPU")
         for warning in self._order_warnings:
             self._say(f"warning: {warning}")
+        if self.index is not None:
+            threads = config.data.threads or decode_threads()
+            self._say(
+                f"data: {len(self.index):,} images, decoder {self.decoder}, {threads} thread(s) per rank, {config.data.prefetch} micro-batches ahead, "
+                f"{config.data.readers} readers where storage is slow"
+            )
         if config.data.order == "blocks":
             self._say(f"order: blocks of {config.data.block_shards} shards, {config.data.lanes} lane(s)")
         if config.train.compile:
@@ -413,7 +419,7 @@ class Trainer:
             )
         else:
             batches = synthetic_batches(config.data, self.plan, self.runtime, config.run.seed, steps)
-        loader = Loader(batches, self.runtime.device)
+        loader = Loader(batches, self.runtime.device, config.data.prefetch)
         self.records.begin_interval(self.completed, loader)
         return loader
 

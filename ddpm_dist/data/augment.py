@@ -54,4 +54,18 @@ def windows(
     return result.astype(np.int32)
 
 
-DRAWS = 4 * _TRIES + 1  # the last one decides about the mirror image
+MIRROR = 4 * _TRIES  # the draw that decides about the mirror image; those behind it change the colours
+DRAWS = MIRROR + 1
+DRAWS_WITH_COLOURS = DRAWS + 4  # the first DRAWS of them are the same
+
+
+def colours(strength: list[float], uniform: np.ndarray) -> np.ndarray:
+    """float32 (B, 4): factors of brightness, contrast and saturation, and the turn of the hue in degrees.
+
+    strength: for each how far it may go from no change, as torchvision's ColorJitter has it: factors in 1 - s .. 1 + s (not below 0), the
+    hue in -s .. s of a whole turn. uniform: (B, DRAWS_WITH_COLOURS).
+    """
+    change = (2.0 * uniform[:, DRAWS:] - 1.0) * np.asarray(strength)
+    change[:, :3] = np.maximum(0.0, 1.0 + change[:, :3])
+    change[:, 3] *= 360.0
+    return change.astype(np.float32)

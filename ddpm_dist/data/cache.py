@@ -30,10 +30,15 @@ Read = Callable[[np.ndarray], list[np.ndarray]]
 
 def bytes_of(index: Index, settings: Data) -> int:
     """What the decoded set needs: images of the training size, or whole ones where each epoch cuts other windows."""
-    if settings.crop == "random_resized":
+    if is_cut(settings):
         rows = index.samples
         return int((rows["height"].astype(np.int64) * rows["width"]).sum()) * settings.channels
     return len(index) * settings.image_size**2 * settings.channels
+
+
+def is_cut(settings: Data) -> bool:
+    """Whether whole images are kept, because DALI does something else to them in each epoch than to mirror them."""
+    return settings.crop == "random_resized" or any(settings.color_jitter)
 
 
 def choose_place(index: Index, settings: Data, device: torch.device, decoder: str, images_left: int, ranks: int) -> str:
@@ -54,7 +59,7 @@ def choose_place(index: Index, settings: Data, device: torch.device, decoder: st
         )
     needed = bytes_of(index, settings)
     # On the CPU DALI resizes with other roundings than on a GPU, so cut images have to stay where they are resized.
-    on_host_only = settings.crop == "random_resized" and decoder == "cpu"
+    on_host_only = is_cut(settings) and decoder == "cpu"
     places = {"auto": ("gpu", "host"), "gpu": ("gpu",), "host": ("host",)}[wanted]
     why = []
     for place in places:
@@ -62,7 +67,7 @@ def choose_place(index: Index, settings: Data, device: torch.device, decoder: st
             why.append("there is no GPU")
         elif place == "gpu" and on_host_only:
             why.append(
-                "random crops of images that the CPU decodes are resized on the CPU (use host, or data.decoder=mixed)"
+                "random crops and colours of images that the CPU decodes are made on the CPU (use host, or data.decoder=mixed)"
             )
         else:
             room = _room(place, settings, device, share=wanted == "auto")
@@ -96,7 +101,7 @@ class Cache:
         self._settings, self._device = settings, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         home = device if place == "gpu" else torch.device("cpu")
-        self._cut = settings.crop == "random_resized"
+        self._cut = is_cut(settings)
         rows, channels = index.samples, settings.channels
         if self._cut:
             self._sizes = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
@@ -109,7 +114,7 @@ class Cache:
         self._decoder = Decoder(index, settings, batch, device, decoder, decoded=True) if self._cut else None
 
     def _fill(self, index: Index, device: torch.device, decoder: str, read: Read) -> None:
-        still = self._settings.model_copy(update={"flip": False})
+        still = self._settings.model_copy(update={"flip": False, "color_jitter": [0.0] * 4})
         batch = min(FILL, len(index))
         decode = Decoder(index, still, batch, device, decoder, only_decode=self._cut)
         chunks = [np.arange(begin, begin + batch) for begin in range(0, len(index), batch)]
@@ -139,14 +144,14 @@ class Cache:
         return self._pixels[self._starts[sample] : self._starts[sample + 1]].view(height, width, -1)
 
     def __call__(
-        self, ids: np.ndarray, windows: np.ndarray, mirror: np.ndarray, labels: np.ndarray
+        self, ids: np.ndarray, windows: np.ndarray, mirror: np.ndarray, labels: np.ndarray, colours: np.ndarray | None
     ) -> tuple[Tensor, Tensor, Any]:
         """As :class:`Decoder`, without the files."""
         if self._cut:
             images = [self._image(int(sample)) for sample in ids]
             if not self._pixels.is_cuda:  # for tensors DALI asks for the stream of a GPU
                 images = [image.numpy() for image in images]
-            return self._decoder(ids, images, windows, mirror, labels)
+            return self._decoder(ids, images, windows, mirror, labels, colours)
         ids, flip, numbers = torch.from_numpy(ids), torch.from_numpy(mirror), torch.from_numpy(labels)
         if self._stream is None:
             return self._gather(ids, flip), numbers, None

@@ -16,11 +16,17 @@ from ddpm_dist.config import Data
 from ddpm_dist.data.shards import Index
 from ddpm_dist.errors import BadSample, UserError
 
+LARGE = 256  # pixels: below, "mixed" decodes mostly on the host as well, and a core feeds more small images than a GPU trains on
 
-def resolve_decoder(decoder: str, device: torch.device) -> str:
-    """ "auto" is "mixed" (GPU) on a GPU and "cpu" without one. UserError where "mixed" cannot run."""
+
+def resolve_decoder(decoder: str, device: torch.device, index: Any = None) -> str:
+    """ "auto" is "mixed" on a GPU for images of 256 pixels and more, else "cpu". UserError where "mixed" cannot run.
+
+    index: of the images; None: as if they were large.
+    """
     if decoder == "auto":
-        return "mixed" if device.type == "cuda" else "cpu"
+        side = max(index.ranges["height"][1], index.ranges["width"][1]) if index is not None else LARGE
+        return "mixed" if device.type == "cuda" and side >= LARGE else "cpu"
     if decoder == "mixed" and device.type != "cuda":
         raise UserError(
             "data.decoder=mixed decodes on a GPU and there is none (a run that started with it needs one: cpu and GPU "
@@ -63,11 +69,13 @@ class Decoder:
         size, grey = settings.image_size, settings.channels == 1
         whole = only_decode or is_whole(index, settings)
         flip = settings.flip and not only_decode
+        colours = any(settings.color_jitter) and not only_decode
+        hardware = {} if settings.hw_decoder_load is None else {"hw_decoder_load": settings.hw_decoder_load}
         on_gpu = decoder == "mixed"
 
         @pipeline_def(
             batch_size=batch,
-            num_threads=decode_threads(),
+            num_threads=settings.threads or decode_threads(),
             device_id=device.index if on_gpu else None,
             prefetch_queue_depth=1,
         )
@@ -79,8 +87,9 @@ class Decoder:
                 encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
                 # The index holds the size before any EXIF rotation, and windows are cut from that.
                 images = fn.decoders.image(
-                    encoded, device=decoder, output_type=types.GRAY if grey else types.RGB, adjust_orientation=False
-                )
+                    encoded, device=decoder, output_type=types.GRAY if grey else types.RGB, adjust_orientation=False,
+                    **(hardware if on_gpu else {}),
+                )  # fmt: skip
             if not whole:
                 start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
                 shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
@@ -89,9 +98,18 @@ class Decoder:
             if flip:
                 mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0)
                 images = fn.flip(images, horizontal=mirror)
+            if colours:
+                factors = fn.external_source(name="colours", dtype=types.FLOAT, ndim=1)
+                brightness, contrast, saturation, hue = (factors[place] for place in range(4))
+                if grey:
+                    images = fn.brightness_contrast(images, brightness=brightness, contrast=contrast)
+                else:
+                    images = fn.color_twist(
+                        images, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue
+                    )
             return images
 
-        self._whole, self._flip, self._decoded = whole, flip, decoded
+        self._whole, self._flip, self._colours, self._decoded = whole, flip, colours, decoded
         self._shape = (batch, size, size, settings.channels)
         # DALI takes such a list in half the time of one of arrays.
         self._listed = lambda files: tensors.TensorListCPU([tensors.TensorCPU(file) for file in files])
@@ -103,20 +121,23 @@ class Decoder:
         self._labels: deque[Tensor] = deque()
 
     def __call__(
-        self, ids: np.ndarray, images: Sequence[Any], windows: np.ndarray, mirror: np.ndarray, labels: np.ndarray
-    ) -> tuple[Tensor, Tensor, Any]:
+        self, ids: np.ndarray, images: Sequence[Any], windows: np.ndarray, mirror: np.ndarray, labels: np.ndarray,
+        colours: np.ndarray | None = None,
+    ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
         """:meth:`start` and :meth:`finish` of one batch."""
-        self.start(ids, images, windows, mirror, labels)
+        self.start(ids, images, windows, mirror, labels, colours)
         return self.finish()
 
     def start(
-        self, ids: np.ndarray, images: Sequence[Any], windows: np.ndarray, mirror: np.ndarray, labels: np.ndarray
-    ) -> None:
+        self, ids: np.ndarray, images: Sequence[Any], windows: np.ndarray, mirror: np.ndarray, labels: np.ndarray,
+        colours: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         """Give DALI's threads B images of the batch size. At most two batches may be started and not finished.
 
-        images: files as uint8 arrays, or with ``decoded`` (H, W, C) uint8 arrays or tensors; windows: (B, 4) int32; mirror: (B,) bool.
+        images: files as uint8 arrays, or with ``decoded`` (H, W, C) uint8 arrays or tensors; windows: (B, 4) int32; mirror: (B,) bool;
+        colours: (B, 4) as ``augment.colours`` makes them, needed with data.color_jitter.
         """
-        self._feed(ids, images, windows, mirror)
+        self._feed(ids, images, windows, mirror, colours)
         self._labels.append(torch.from_numpy(labels))
 
     def finish(self) -> tuple[Tensor, Tensor, Any]:
@@ -143,7 +164,7 @@ class Decoder:
 
     def whole_images(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> list[Tensor]:
         """With ``only_decode``: each image as it is, (H, W, C) uint8, on the GPU where it is decoded there."""
-        self._feed(ids, encoded, None, None)
+        self._feed(ids, encoded, None, None, None)
         with self._output() as output:
             if not self._on_gpu:
                 return [torch.from_numpy(np.array(output.at(i))) for i in range(len(ids))]
@@ -162,14 +183,16 @@ class Decoder:
         self._stream.synchronize()  # in the loader's thread only: DALI reuses its buffer for the next batch
 
     def _feed(
-        self, ids: np.ndarray, images: Sequence[Any], windows: np.ndarray | None, mirror: np.ndarray | None
-    ) -> None:
+        self, ids: np.ndarray, images: Sequence[Any], windows: np.ndarray | None, mirror: np.ndarray | None, colours: np.ndarray | None
+    ) -> None:  # fmt: skip
         self._pipe.feed_input("images", images if self._decoded else self._listed(images))
         if not self._whole:
             self._pipe.feed_input("start", np.ascontiguousarray(windows[:, :2]))
             self._pipe.feed_input("shape", np.ascontiguousarray(windows[:, 2:]))
         if self._flip:
             self._pipe.feed_input("mirror", mirror.astype(np.int32))
+        if self._colours:
+            self._pipe.feed_input("colours", colours)
         self._pipe.schedule_run()
         self._given.append((ids, images))
 

@@ -62,10 +62,11 @@ class Loader:
     ``seconds_waited``: what the consumer waited for it; ``replaced``: images so far that stand for bad ones.
     """
 
-    def __init__(self, batches: Iterator[MicroBatch], device: torch.device) -> None:
+    def __init__(self, batches: Iterator[MicroBatch], device: torch.device, ahead: int = PREFETCH) -> None:
+        """ahead: micro-batches that wait decoded, at least 1."""
         self.seconds_waited, self.replaced = 0.0, 0
         self._taken, self._waiting = 0, False
-        self._queue: queue.Queue = queue.Queue(maxsize=PREFETCH)
+        self._queue: queue.Queue = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._device = device
         self._thread = threading.Thread(target=self._produce, args=(batches,), name="loader", daemon=True)
@@ -199,7 +200,7 @@ def shard_batches(
 
     fetched = any(part.cache is not None for part in getattr(index, "parts", [index]))
     wanted = positions()
-    with Reader(index) as read:
+    with Reader(index, readers=settings.readers) as read:
         if cache != "none":
             kept = Cache(index, settings, plan.micro_batch, runtime.device, decoder, cache, read)
             for step, slots, epochs, ids in wanted:
@@ -257,15 +258,17 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 
 def _treatment(
     index: Index, settings: Data, seed: int, epochs: np.ndarray, ids: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What is done to each image: its window (B, 4), whether it is mirrored (B,), and its label (B,) int64."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """What is done to each image: its window (B, 4), whether it is mirrored (B,), its label (B,) int64, its colours (B, 4) or None."""
     rows = index.rows(ids)
-    random = settings.flip or settings.crop == "random_resized"
-    uniform = augment.draws(seed, epochs, ids, augment.DRAWS) if random else None
+    jitter = any(settings.color_jitter)
+    random = settings.flip or settings.crop == "random_resized" or jitter
+    count = augment.DRAWS_WITH_COLOURS if jitter else augment.DRAWS
+    uniform = augment.draws(seed, epochs, ids, count) if random else None
     windows = augment.windows(settings.crop, settings.crop_scale, rows["height"], rows["width"], uniform)
-    mirror = (uniform[:, -1] < 0.5) if settings.flip else np.zeros(len(ids), dtype=bool)
+    mirror = (uniform[:, augment.MIRROR] < 0.5) if settings.flip else np.zeros(len(ids), dtype=bool)
     labels = rows["label"] if settings.num_classes is not None else np.full(len(ids), -1)
-    return windows, mirror, labels.astype(np.int64)
+    return windows, mirror, labels.astype(np.int64), augment.colours(settings.color_jitter, uniform) if jitter else None
 
 
 SYNTHETIC_SAMPLES = 50_000

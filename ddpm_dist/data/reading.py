@@ -23,10 +23,10 @@ Files = list[np.ndarray]
 class Reader:
     """Reads micro-batches ahead of need. Use as a context manager; not thread-safe."""
 
-    def __init__(self, index: Index, slow: bool = False) -> None:
+    def __init__(self, index: Index, slow: bool = False, readers: int = READERS) -> None:
         self.slow = slow
-        self._index, self._calm = index, 0
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")  # starts threads when it is first asked
+        self._index, self._calm, self._readers = index, 0, readers
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")  # starts threads when it is first asked
 
     def __enter__(self) -> Reader:
         return self
@@ -41,7 +41,7 @@ class Reader:
         """
         if not self.slow:
             return lambda: self._finish(*self._part(ids))
-        parts = [self._pool.submit(self._part, part) for part in np.array_split(ids, min(READERS, len(ids)))]
+        parts = [self._pool.submit(self._part, part) for part in np.array_split(ids, min(self._readers, len(ids)))]
 
         def join() -> Files:
             found = [part.result() for part in parts]
