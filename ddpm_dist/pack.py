@@ -4,6 +4,8 @@
     python -m ddpm_dist.pack SOURCE --out DIR --part 3/16      # task 3 of 16 (from 0) of an array job packs its share
     python -m ddpm_dist.pack --merge --out DIR                 # when all tasks are done: joins the parts
 
+    python -m ddpm_dist.pack folder --root photos.zip --out DIR --split-validation 0.02    # 2 % go to DIR-validation
+
 All tasks run the same command, each with its own number, in any order, on machines that see the same files. What the merge makes is
 what one process makes, byte for byte (exceptions: see ddpm_dist/pack_parts.py). A task or a merge that was interrupted
 is simply started again; a part that is there already is kept.
@@ -12,46 +14,28 @@ is simply started again; a part that is there already is kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
-import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddpm_dist import pack_merge, pack_parts
-from ddpm_dist.data.encode import DEFAULT_QUALITY, Recipe
+from ddpm_dist import pack_merge, pack_parts, pack_split
+from ddpm_dist.data.encode import DEFAULT_QUALITY, MAX_SIDE, PACK_FORMATS, Recipe
 from ddpm_dist.data.publish import check_free, disk_errors, folder_in_one_piece
-from ddpm_dist.data.shards import IMAGE_FORMATS, Index
+from ddpm_dist.data.shards import Index
 from ddpm_dist.data.sources import SOURCES, open_source
 from ddpm_dist.data.writer import Tally, fill_folder
 from ddpm_dist.errors import UserError, exit_codes
+from ddpm_dist.pack_summary import Packed, part_summary, summary
 from ddpm_dist.parts import Part, parse_part
 
 DEFAULT_PER_SHARD = 10_000
 MAX_SIZE = 16_384
-CONFIGS = {("digits", 16): "configs/digits.yaml", ("shapes", 64): "configs/shapes64.yaml",
-           ("cifar10", 64): "configs/cifar64.yaml"}  # fmt: skip
-
-
-@dataclass
-class Packed:
-    """What a pack did.
-
-    Attributes:
-        index: the index of the finished folder.
-        size: side in pixels of all images, or None if they differ.
-        skipped: how many unreadable images were left out; ``skipped_names``: the first few, with the reason.
-        notes: what else the user should know.
-    """
-
-    index: Index
-    size: int | None
-    skipped: int = 0
-    skipped_names: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def pack(
@@ -70,6 +54,8 @@ def pack(
     num: int | None = None,
     seed: int | None = None,
     skip_bad: bool = False,
+    split_validation: float | None = None,
+    label_key: str | None = None,
     progress: bool = False,
 ) -> Packed:
     """Pack a source into ``out``: webdataset tars, index.json and index.npy. Same input, same bytes.
@@ -78,14 +64,15 @@ def pack(
     means new processes, so a script that calls this needs the usual ``if __name__ == "__main__"``.
 
     Args:
-        source, root, split, num, seed, download: see ``ddpm_dist.data.sources.open_source``.
+        source, root, split, num, seed, download, label_key: see ``ddpm_dist.data.sources.open_source``.
         size: side in pixels (shorter side scaled by Lanczos, centre cut out); None keeps the source's size.
-        image_format: "jpg" or "png"; None = png for digits, else jpg.
+        image_format: "jpg", "png" or "webp" (lossless); None = png for digits, else jpg.
         quality: JPEG quality 1..100. None = 95, and files that are right as they are get stored byte for byte.
         channels: 1 or 3; None = those of the source, for mixed files those of the first that can be read.
         samples_per_shard: at most so many samples in a tar (and at most about 2 GB).
         workers: processes that encode; None = one for every CPU this process may use.
         skip_bad: leave out images that cannot be read instead of stopping.
+        split_validation: share of the images, 0..1, that goes to the folder ``OUT-validation`` instead, see ``pack_split``.
         progress: show a progress bar if stderr is a terminal.
 
     Raises:
@@ -94,13 +81,18 @@ def pack(
     job = _Job(
         source, Path(out), root=root, split=split, size=size, image_format=image_format, quality=quality, channels=channels,
         samples_per_shard=samples_per_shard, workers=workers, download=download, num=num, seed=seed, skip_bad=skip_bad,
-        progress=progress,
+        split_validation=split_validation, label_key=label_key, progress=progress,
     )  # fmt: skip
-    with folder_in_one_piece(job.out) as folder:  # first of all, so that a bad --out is found before long work
-        tally = job.fill(folder, range(len(job.images)), job.recipe())
-        if not tally.labels:
+    with contextlib.ExitStack() as stack:  # first of all, so that a bad --out is found before long work
+        folder, validation = (place and stack.enter_context(folder_in_one_piece(place)) for place in job.outs())
+        tally = job.fill(folder, range(len(job.images)), job.recipe(), validation=validation)
+        if not tally.labels and not tally.held_out:
             raise UserError(f"none of the {len(job.images)} images can be read; the first: {tally.names[0]}")
-    return _packed(Index.load(out), tally, job.images.notes)
+        if not tally.labels:
+            raise UserError("all images were held out for validation: lower --split-validation")
+        if validation and not tally.held_out:
+            raise pack_split.no_validation(job.out)
+    return _packed(Index.load(out), tally, job.images.notes, validation and _validation_of(out))
 
 
 def pack_part(source: str, out: str | os.PathLike, part: Part, **options: Any) -> tuple[pack_parts.Recorded, bool]:
@@ -125,18 +117,23 @@ def pack_part(source: str, out: str | os.PathLike, part: Part, **options: Any) -
         )
     job = _Job(source, Path(os.path.realpath(out)), **options)
     with disk_errors(job.out):
-        check_free(job.out)
         recipe = job.recipe()
         described = pack_parts.describe(job.images, job.options(), recipe)
-        kept = pack_parts.find_whole(job.out, part, described)
-        if kept is not None:
-            return kept, True
+        outs = [place for place in job.outs() if place]
+        for place in outs:
+            check_free(place)
+        kept = [pack_parts.find_whole(place, part, described) for place in outs]
+        if None not in kept:
+            return kept[0], True
         per_shard, count = job.samples_per_shard, len(job.images)
         shards = part.share(-(-count // per_shard))
         positions = range(min(shards.start * per_shard, count), min(shards.stop * per_shard, count))
-        with pack_parts.part_in_one_piece(job.out, part, described) as folder:
-            tally = job.fill(folder, positions, recipe, first=shards.start)
-            recorded = pack_parts.write_record(folder, part, described, tally, job.images.notes)
+        with contextlib.ExitStack() as stack:
+            folders = [stack.enter_context(pack_parts.part_in_one_piece(place, part, described)) for place in outs]
+            tally = job.fill(folders[0], positions, recipe, shards.start, *folders[1:])
+            recorded = pack_parts.write_record(folders[0], part, described, tally, job.images.notes)
+            for folder in folders[1:]:
+                pack_parts.write_record(folder, part, described, Tally(labels=tally.held_out), [])
     return recorded, False
 
 
@@ -158,19 +155,22 @@ class _Job:
     num: int | None = None
     seed: int | None = None
     skip_bad: bool = False
+    split_validation: float | None = None
+    label_key: str | None = None
     progress: bool = False
 
     def __post_init__(self) -> None:
         _check_options(self.size, self.image_format, self.quality, self.channels, self.samples_per_shard, self.workers)
+        pack_split.check_share(self.split_validation)
         self.images = open_source(
             self.source, root=self.root, split=self.split, size=self.size, num=self.num, seed=self.seed,
-            download=self.download,
+            download=self.download, label_key=self.label_key,
         )  # fmt: skip
         if self.quality is not None and (self.image_format or self.images.image_format) != "jpg":
             raise UserError("--quality is for --format jpg: leave it away, or choose jpg")
         if not len(self.images):
             raise UserError(f"the source {self.source} is empty: nothing to pack")
-        if self.source == "folder":
+        if self.source in ("folder", "huggingface"):
             _check_apart(Path(self.root), self.out)
 
     def recipe(self) -> Recipe:
@@ -178,28 +178,56 @@ class _Job:
         channels = self.channels or self.images.channels()
         return Recipe(self.image_format or self.images.image_format, channels, self.size, self.quality)
 
-    def fill(self, folder: Path, positions: range, recipe: Recipe, first: int = 0) -> Tally:
+    def outs(self) -> tuple[Path, Path | None]:
+        """The folder to make, and the one of the images that are held out, if any are."""
+        return self.out, pack_split.validation_folder(self.out) if self.split_validation else None
+
+    def fill(
+        self, folder: Path, positions: range, recipe: Recipe, first: int = 0, validation: Path | None = None
+    ) -> Tally:
         return fill_folder(
             folder, self.images, positions, recipe, per_shard=self.samples_per_shard, workers=self.workers,
-            skip_bad=self.skip_bad, progress=self.progress, first=first,
+            skip_bad=self.skip_bad, progress=self.progress, first=first, validation=validation,
+            held_out=functools.partial(pack_split.is_held_out, share=self.split_validation),
         )  # fmt: skip
 
     def options(self) -> dict[str, Any]:
         """The options that decide what is packed, beside the recipe."""
-        names = ("source", "root", "split", "samples_per_shard", "num", "seed", "skip_bad")
+        names = (
+            "source",
+            "root",
+            "split",
+            "samples_per_shard",
+            "num",
+            "seed",
+            "skip_bad",
+            "split_validation",
+            "label_key",
+        )
         return {name: getattr(self, name) for name in names}
 
 
-def _packed(index: Index, tally: Tally, notes: list[str]) -> Packed:
-    notes = notes + tally.notes(index.classes, index.channels)
-    return Packed(index, _common_side(index), tally.skipped, tally.names, notes)
+def _packed(index: Index, tally: Tally, notes: list[str], validation: Index | None) -> Packed:
+    notes = notes + tally.notes(index.classes, index.channels) + pack_split.duplicates(index)
+    if validation is not None:
+        notes += pack_split.duplicates(validation)
+    return Packed(index, _common_side(index), tally.skipped, tally.names, notes, validation)
+
+
+def _validation_of(out: str | os.PathLike) -> Index | None:
+    folder = pack_split.validation_folder(Path(out))
+    return Index.load(folder) if (folder / "index.json").is_file() else None
 
 
 def _check_options(size, image_format, quality, channels, samples_per_shard, workers) -> None:
     if size is not None and not 1 <= size <= MAX_SIZE:
         raise UserError(f"--size must be in 1..{MAX_SIZE} pixels, found {size}")
-    if image_format is not None and image_format not in IMAGE_FORMATS:
-        raise UserError(f"--format must be one of {', '.join(IMAGE_FORMATS)}, found {image_format!r}")
+    if image_format is not None and image_format not in PACK_FORMATS:
+        raise UserError(f"--format must be one of {', '.join(PACK_FORMATS)}, found {image_format!r}")
+    if image_format == "webp" and size is not None and size > MAX_SIDE["webp"]:
+        raise UserError(
+            f"--format webp takes at most {MAX_SIDE['webp']} pixels a side, found --size {size}: choose png"
+        )
     if quality is not None and not 1 <= quality <= 100:
         raise UserError(f"--quality must be in 1..100, found {quality}")
     if channels is not None and channels not in (1, 3):
@@ -222,55 +250,6 @@ def _common_side(index: Index) -> int | None:
     return int(heights[0]) if len(heights) == len(widths) == 1 and heights[0] == widths[0] else None
 
 
-def next_command(packed: Packed, source: str) -> str:
-    """The shell command that trains on what was packed."""
-    index = packed.index
-    words = ["python", "-m", "ddpm_dist.train"]
-    config = CONFIGS.get((source, packed.size))
-    if config:
-        words += ["--config", config, f"data.shards={index.folder}"]
-    else:
-        classes = "null" if index.classes is None else len(index.classes)
-        side = -(-(packed.size or 64) // 8) * 8  # the networks want a multiple of 8
-        words += [f"run.name={source}", f"data.shards={index.folder}", f"data.image_size={side}",
-                  f"data.channels={index.channels}", f"data.num_classes={classes}"]  # fmt: skip
-    return shlex.join(words)
-
-
-def summary(packed: Packed, source: str | None) -> str:
-    """The lines that pack ends with; the next command only where the source is known."""
-    index = packed.index
-    size = sum(shard.bytes for shard in index.shards)
-    classes = "unlabelled" if index.classes is None else f"{len(index.classes)} classes"
-    side = f"{packed.size} x {packed.size}" if packed.size else "mixed sizes"
-    lines = [
-        f"{index.folder}: {len(index):,} samples, {classes}, {side}, {'grey' if index.channels == 1 else 'RGB'} "
-        f"{index.image_format}, {len(index.shards)} shards, {size:,} bytes",
-        f"fingerprint {index.fingerprint}",
-        *_left_out(packed.skipped, packed.skipped_names),
-        *(f"note: {note}" for note in packed.notes),
-    ]
-    if source is not None:
-        lines.append(f"next: {next_command(packed, source)}")
-    return "\n".join(lines)
-
-
-def part_summary(recorded: pack_parts.Recorded, kept: bool, out: str) -> str:
-    """The lines that the packing of a part ends with."""
-    merge = shlex.join(["python", "-m", "ddpm_dist.pack", "--merge", "--out", out])
-    lines = [
-        f"part {recorded.part} of {out}: {recorded.samples:,} samples{', there already' if kept else ''}",
-        *_left_out(recorded.tally.skipped, recorded.tally.names),
-        f"when all {recorded.part.count} parts are there: {merge}",
-    ]
-    return "\n".join(lines)
-
-
-def _left_out(skipped: int, names: list[str]) -> list[str]:
-    more = ", ..." if skipped > len(names) else ""
-    return [f"left out {skipped} unreadable images: {', '.join(names)}{more}"] if skipped else []
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of pack."""
     parser = argparse.ArgumentParser(
@@ -279,10 +258,15 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="SOURCE", nargs="?", choices=list(SOURCES), help=", ".join(SOURCES))
     add("--out", required=True, metavar="DIR", help="folder to make; must not exist or be empty")
-    add("--root", metavar="PATH", help="where the images are (folder) or torchvision keeps its data (default datasets)")
+    add(
+        "--root",
+        metavar="PATH",
+        help="where the images are (folder: also a .zip or .tar) or torchvision keeps its data (default datasets)",
+    )
     add("--split", metavar="NAME", help="train (default) or test; celeba also valid and all")
+    add("--label-key", metavar="KEY", help="huggingface: the column of labels (default label)")
     add("--size", type=int, metavar="N", help="scale to N x N pixels (default: digits 16, shapes 64, else unchanged)")
-    add("--format", choices=IMAGE_FORMATS, help="default: png for digits, else jpg")
+    add("--format", choices=PACK_FORMATS, help="webp without loss; default: png for digits, else jpg")
     add("--quality", type=int, metavar="Q", help=f"JPEG quality, 1..100 (default {DEFAULT_QUALITY})")
     add("--channels", type=int, choices=(1, 3), help="1 grey, 3 RGB (default: as the source, or its first image)")
     add("--samples-per-shard", type=int, default=DEFAULT_PER_SHARD, metavar="N", help="default %(default)s")
@@ -291,6 +275,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num", type=int, metavar="N", help="shapes: how many images (default 20000)")
     add("--seed", type=int, metavar="S", help="shapes: which images (default 0)")
     add("--skip-bad", action="store_true", help="leave out images that cannot be read instead of stopping")
+    add(
+        "--split-validation",
+        type=float,
+        metavar="SHARE",
+        help="hold out this share (0.02) in DIR-validation; no image is in both",
+    )
     add("--part", metavar="I/N", help="pack only part I (0 to N-1) of N, beside DIR, until --merge joins all parts")
     add("--merge", action="store_true", help="join the parts of DIR; SOURCE and its options may be given or left out")
     return parser
@@ -305,8 +295,13 @@ def main(argv: list[str] | None = None) -> int | None:
     if merging:
         if part is not None:
             raise UserError("--merge comes when all parts are done: leave --part away")
-        merged = pack_merge.merge(out, _expected(parser, source, options))
-        print(summary(_packed(merged.index, merged.tally, merged.notes), merged.source or source))
+        expected = _expected(parser, source, options)
+        held_out = pack_split.validation_folder(Path(os.path.realpath(out)))
+        if pack_parts.parts_folder(held_out).is_dir():
+            pack_merge.merge(held_out, expected)
+        merged = pack_merge.merge(out, expected)
+        packed = _packed(merged.index, merged.tally, merged.notes, _validation_of(out))
+        print(summary(packed, merged.source or source))
         return
     if source is None:
         parser.error("the following arguments are required: SOURCE")

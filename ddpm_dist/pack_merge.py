@@ -148,6 +148,10 @@ def _plan(folder: Path, found: list[Recorded]) -> tuple[list[_Move], list[Index]
             moves.append(_Move(recorded.part, place / shard.name, replace(shard, name=name)))
     if not moves:
         names = [name for recorded in found for name in recorded.tally.names]
+        if not names:
+            raise UserError(
+                f"{folder} holds parts without any image: too few images for this --split-validation, raise it"
+            )
         raise UserError(f"none of the {found[0].recipe['images']} images can be read; the first: {names[0]}")
     return moves, indexes
 

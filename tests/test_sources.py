@@ -192,7 +192,7 @@ def test_missing_root_is_named(tmp_path):
     with pytest.raises(UserError, match="the folder .*nowhere cannot be read: No such file"):
         open_source("folder", root=tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot be read: Not a directory"):
+    with pytest.raises(UserError, match="file is neither a folder nor a zip or tar archive"):
         open_source("folder", root=tmp_path / "file")
 
 

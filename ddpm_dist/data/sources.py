@@ -108,10 +108,9 @@ class Shapes:
 
 
 class Files:
-    """Image files on disk.
+    """Image files on disk, ``paths`` in order.
 
     Args:
-        paths: the files, in order.
         labels: a class number per file, or None.
         classes: class names, or None; goes with ``labels``.
     """
@@ -123,19 +122,19 @@ class Files:
     ) -> None:
         self.name, self.classes = name, classes
         self.notes: list[str] = []
-        self._paths, self._labels = paths, labels
+        self.paths, self._labels = paths, labels
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def item(self, position: int) -> Item:
-        path = self._paths[position]
+        path = self.paths[position]
         label = -1 if self._labels is None else self._labels[position]
         return Item(printable(path), label, functools.partial(_read, str(path)))
 
     def channels(self) -> int:
         first = None
-        for path in self._paths:
+        for path in self.paths:
             try:
                 return channels_of(open_image(_read(str(path))))
             except (OSError, BadImage) as error:
@@ -152,31 +151,50 @@ def open_source(
     num: int | None = None,
     seed: int | None = None,
     download: bool = False,
+    label_key: str | None = None,
 ) -> Source:
     """Open one of the sources by name.
 
     Args:
-        name: digits, shapes, cifar10, mnist, fashion-mnist, celeba or folder.
-        root: where the files are (folder: required; torchvision's: default ``datasets``).
-        split: torchvision's sources only; train (default), test, for celeba also valid and all.
+        name: digits, shapes, cifar10, mnist, fashion-mnist, celeba, folder or huggingface.
+        root: where the files are (folder: required, a folder, or a zip or tar file; torchvision's: default ``datasets``).
+        split: torchvision's sources and huggingface; train (default), test, for celeba also valid and all.
         size: side in pixels; digits and shapes are rendered at this size.
         num, seed: shapes only.
         download: torchvision's sources only: fetch what is not there.
+        label_key: huggingface only: the column of labels.
 
     Raises:
         UserError: unknown name, an option that this source does not have, or data that is missing or damaged.
     """
     if name not in SOURCES:
         raise UserError(f"unknown source {name!r}: choose one of {', '.join(SOURCES)}")
-    given = {"root": root, "split": split, "num": num, "seed": seed, "download": download or None}
+    given = {
+        "root": root,
+        "split": split,
+        "num": num,
+        "seed": seed,
+        "download": download or None,
+        "label_key": label_key,
+    }
     for option, value in given.items():
         if value is not None and option not in SOURCES[name]:
-            raise UserError(f"--{option} means nothing for the source {name}: leave it away")
+            raise UserError(f"--{option.replace('_', '-')} means nothing for the source {name}: leave it away")
     if name == "digits":
         return Digits(size)
     if name == "shapes":
         return Shapes(num, seed, size)
+    if name == "huggingface":
+        from ddpm_dist.data.huggingface_source import open_huggingface
+
+        if root is None:
+            raise UserError("--root is missing: name the folder that holds the data set")
+        return open_huggingface(Path(root), split, label_key)
     if name == "folder":
+        if root is not None and os.path.isfile(root):
+            from ddpm_dist.data.archive_source import open_archive
+
+            return open_archive(Path(root))
         return open_folder(root)
     from ddpm_dist.data.torchvision_sources import open_torchvision
 
@@ -192,6 +210,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "fashion-mnist": ("root", "split", "download"),
     "celeba": ("root", "split", "download"),
     "folder": ("root",),
+    "huggingface": ("root", "split", "label_key"),
 }
 
 

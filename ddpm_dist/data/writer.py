@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -98,54 +98,64 @@ class _Tar:
             self.file.close()
 
 
-def write_tars(
-    folder: Path, name: str, encoded: Iterable[Encoded], extension: str, per_shard: int, first: int = 0
-) -> list[Scan]:
-    """Write samples into ``NAME-000000.tar`` and so on with ``webdataset.ShardWriter``, and read every tar back.
+class TarWriter:
+    """Writes samples into ``NAME-000000.tar`` and so on with ``webdataset.ShardWriter``, and reads every tar back.
 
-    The first shard has the number ``first``.
+    Use it in a ``with`` block; when that ends well the last tar is finished. The first shard has the number ``first``.
 
     A shard ends after ``per_shard`` samples or when it has reached 2 GB. The bytes depend only on the samples: no
     time, user or umask gets into them. A sample's key is its position in the source.
 
-    Returns:
-        What each shard holds, as found in the file that was written.
-
-    Raises:
-        OSError: the disk is full, for instance.
+    Attributes:
+        scans: what each shard holds, as found in the file that was written.
     """
-    from webdataset import ShardWriter
 
-    current: list[_Tar] = []
-    scans: list[Scan] = []
+    def __init__(self, folder: Path, name: str, extension: str, per_shard: int, first: int = 0) -> None:
+        self.scans: list[Scan] = []
+        self._folder, self._name, self._extension = folder, name, extension
+        self._per_shard, self._first = per_shard, first
+        self._tar: _Tar | None = None
+        self._writer = None
 
-    def opener(shard: str) -> _Tar:
-        current[:] = [_Tar(folder / shard)]
-        return current[0]
+    def __enter__(self) -> TarWriter:
+        return self
 
-    def finished(shard: str) -> None:
-        current[0].finish()
-        scans.append(scan_shard(folder / shard))
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None and self._writer is not None:
+                self._writer.close()
+        finally:
+            if self._tar is not None:
+                self._tar.drop()  # closed already where all went well
 
-    writer = None
-    try:
-        for sample in encoded:
-            if writer is None:  # opens its first shard at once, which must not stay empty
-                writer = ShardWriter(
-                    f"{name}-%06d.tar", per_shard, MAX_SHARD_BYTES, finished, first, verbose=0, opener=opener,
-                    encoder=False, mtime=0, user="", group="", mode=0o644,
-                )  # fmt: skip
-            files = {"__key__": f"{sample.position:08d}", extension: sample.data}
-            if sample.label >= 0:
-                files["cls"] = str(sample.label).encode("ascii")
-            writer.write(files)
-        if writer is not None:
-            writer.close()
-    except BaseException:
-        for tar in current:
-            tar.drop()
-        raise
-    return scans
+    def write(self, sample: Encoded) -> None:
+        """Add a sample that has data. Raises OSError: the disk is full, for instance."""
+        if self._writer is None:  # opens its first shard at once, which must not stay empty
+            from webdataset import ShardWriter
+
+            self._writer = ShardWriter(
+                f"{self._name}-%06d.tar", self._per_shard, MAX_SHARD_BYTES, self._finished, self._first, verbose=0,
+                opener=self._open, encoder=False, mtime=0, user="", group="", mode=0o644,
+            )  # fmt: skip
+        files = {"__key__": f"{sample.position:08d}", self._extension: sample.data}
+        if sample.label >= 0:
+            files["cls"] = str(sample.label).encode("ascii")
+        self._writer.write(files)
+
+    def _open(self, shard: str) -> _Tar:
+        self._tar = _Tar(self._folder / shard)
+        return self._tar
+
+    def _finished(self, shard: str) -> None:
+        self._tar.finish()
+        self.scans.append(scan_shard(self._folder / shard))
+
+    def write_index(self, classes: list[str] | None, recipe: Recipe) -> None:
+        """Write the index of what was written, after the block; without a sample there is none. Raises OSError."""
+        if self.scans:
+            samples = np.concatenate([scan.samples for scan in self.scans])
+            shards = [scan.shard for scan in self.scans]
+            write_index(self._folder, shards, samples, classes, recipe.channels, recipe.image_format)
 
 
 # ---- a whole folder -------------------------------------------------------------------------------------------------
@@ -153,19 +163,22 @@ def write_tars(
 
 @dataclass
 class Tally:
-    """What became of the images: left out (with the first few names and reasons), recoloured, kept per label."""
+    """What became of the images: left out (with the first few names and reasons), recoloured, kept per label.
+
+    ``held_out``: those that went to validation, per label; they are not among ``labels``.
+    """
 
     skipped: int = 0
     names: list[str] = field(default_factory=list)
     recoloured: int = 0
     labels: Counter[int] = field(default_factory=Counter)
+    held_out: Counter[int] = field(default_factory=Counter)
 
     def readable(self, encoded: Iterable[Encoded], skip_bad: bool) -> Iterator[Encoded]:
-        """Pass readable samples on and count all. Raises UserError at the first unreadable one unless ``skip_bad``."""
+        """Pass readable samples on and count the others. Raises UserError at the first unreadable one unless ``skip_bad``."""
         for sample in encoded:
             if sample.data is not None:
                 self.recoloured += sample.recoloured
-                self.labels[sample.label] += 1
                 yield sample
                 continue
             if not skip_bad:
@@ -201,8 +214,12 @@ def fill_folder(
     skip_bad: bool,
     progress: bool,
     first: int = 0,
+    validation: Path | None = None,
+    held_out: Callable[[bytes], bool] | None = None,
 ) -> Tally:
     """Write the images at ``positions`` of a source into ``folder``: tars, the first with the number ``first``, and their index.
+
+    With ``validation`` those whose stored bytes ``held_out`` picks go into that folder instead, in the same way.
 
     Without one readable image (or any position) nothing is written. For the other arguments see ``ddpm_dist.pack.pack``.
 
@@ -216,11 +233,18 @@ def fill_folder(
     items = ((position, images.item(position)) for position in positions)
     encoded = encode_all(items, recipe, _worker_count(workers, len(positions)))
     kept = tally.readable(_with_bar(encoded, len(positions), images.name, progress), skip_bad)
-    scans = write_tars(folder, images.name, kept, recipe.image_format, per_shard, first)
-    if scans:
-        samples = np.concatenate([scan.samples for scan in scans])
-        shards = [scan.shard for scan in scans]
-        write_index(folder, shards, samples, images.classes, recipe.channels, recipe.image_format)
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(TarWriter(place, images.name, recipe.image_format, per_shard, first))
+            for place in (folder, validation)
+            if place is not None
+        ]
+        for sample in kept:
+            aside = validation is not None and held_out(sample.data)
+            (tally.held_out if aside else tally.labels)[sample.label] += 1
+            writers[aside].write(sample)
+    for writer in writers:
+        writer.write_index(images.classes, recipe)
     return tally
 
 
