@@ -221,8 +221,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m benchmarks.sampling``."""
     args = parse(argv)
-    if not args.turn_seconds > 0:
-        raise UserError(f"--turn-seconds must be above 0, not {args.turn_seconds}")
+    if not args.turn_seconds >= 0:
+        raise UserError(f"--turn-seconds must not be negative: {args.turn_seconds}")
     check_memory(args.memory_gb)
     check_target(args.json)
     check_target(args.markdown, "--markdown")

@@ -21,7 +21,7 @@ SMALL = ["model.width=8", "data.image_size=16"]
         ("ladder", ["--memory-gb", "-3"], "--memory-gb must be at least 0.5, not -3.0"),
         ("kernels", ["--memory-gb", "nan"], "--memory-gb must be at least 0.5, not nan"),
         ("activations", ["--memory-gb", "0.001"], "--memory-gb must be at least 0.5"),
-        ("sampling", ["--turn-seconds", "-1"], "--turn-seconds must be above 0"),
+        ("sampling", ["--turn-seconds", "-1"], "--turn-seconds must not be negative"),
         ("ladder", ["--markdown", "/nowhere/at/all.md"], "--markdown /nowhere/at/all.md: its folder does not exist"),
     ],
 )

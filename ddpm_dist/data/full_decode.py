@@ -54,7 +54,7 @@ def strict_jpeg() -> Callable[[bytes], object] | None:
 def _decode_by_pillow(data: bytes, header: Header) -> None:
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = None  # the header was compared with our own bound
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the header was compared with our own bound
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             size = image.size
@@ -64,6 +64,8 @@ def _decode_by_pillow(data: bytes, header: Header) -> None:
     except Exception as error:  # Pillow raises many types on damaged files
         text = str(error) or type(error).__name__
         raise BadImage(_kind(text), text) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
     if size != (header.width, header.height):
         raise BadImage(
             DAMAGED, f"decodes to {size[0]} x {size[1]} pixels, its header says {header.width} x {header.height}"
