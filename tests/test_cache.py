@@ -138,7 +138,7 @@ def test_where_it_is_kept_on_a_gpu_machine(shapes, gpu_memory, size, options, de
     ("device", "options", "words"),
     [
         (CPU, {"cache": "gpu"}, "there is no GPU"),
-        (GPU, {"cache": "gpu", "crop": "random_resized"}, "resized on the CPU"),
+        (GPU, {"cache": "gpu", "crop": "random_resized"}, "made on the CPU"),
         (GPU, {"cache": "gpu", "image_size": 64}, "needs 0.00 GB"),
         (GPU, {"cache": "host", "cache_gb": 1e-6}, "are allowed or free"),
     ],
