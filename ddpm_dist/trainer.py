@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +18,8 @@ from ddpm_dist.checkpoint.format import Damaged, Piece
 from ddpm_dist.checkpoint.snapshots import Snapshots
 from ddpm_dist.config import Config
 from ddpm_dist.continuation import check_nothing_lost, check_same_data, check_same_run
-from ddpm_dist.data.cache import bytes_of, choose_place
-from ddpm_dist.data.choose_order import kind_of, make_order
-from ddpm_dist.data.decoder import decode_threads, resolve_decoder
-from ddpm_dist.data.mixed_index import MixedIndex, open_data
 from ddpm_dist.data.order import plan_batches
-from ddpm_dist.data.pipeline import Loader, shard_batches, synthetic_batches
-from ddpm_dist.data.shards import Index
+from ddpm_dist.data.pipeline import Loader
 from ddpm_dist.engines import check_engine
 from ddpm_dist.errors import OK, REQUEUE, RunFailed, UserError, in_words
 from ddpm_dist.models import build_model
@@ -33,17 +27,11 @@ from ddpm_dist.models.weights import initialise_from
 from ddpm_dist.previews import preview
 from ddpm_dist.records import Records
 from ddpm_dist.rendezvous import slurm_job
+from ddpm_dist.run_data import RunData
 from ddpm_dist.runtime import Runtime, StopRequest, use_fast_matmuls
 from ddpm_dist.step import TrainStep
-from ddpm_dist.tracking.progress import warn
 from ddpm_dist.validation import Validation
 from ddpm_dist.watch import Watch
-
-PACK_HINT = (
-    "Pack one first, for example:\n"
-    "  python -m ddpm_dist.pack {source} --out {shards} --size {size}{extra}\n"
-    "and start training with data.shards={shards}"
-)
 
 
 class Trainer:
@@ -70,8 +58,8 @@ class Trainer:
             lambda: plan_batches(config.train.global_batch, config.train.micro_batch, runtime.world_size)
         )
         runtime.together(lambda: check_engine(config, self.plan, runtime))
-        self.index = runtime.together(self._open_data)
-        check_alike(runtime, config, self.index.fingerprint if self.index is not None else None)
+        self.data = RunData(config, runtime)
+        check_alike(runtime, config, self.data.fingerprint)
         use_fast_matmuls(runtime.device)
         torch.backends.cudnn.benchmark = not config.train.audit
         if config.train.audit and runtime.device.type == "cuda":
@@ -98,9 +86,7 @@ class Trainer:
         state = reader.state if reader is not None else {}
         self.data_changes: list[dict[str, Any]] = []
         self._fix_what_the_start_decides(state)
-        self.decoder = None
-        if self.index is not None:
-            self.decoder = resolve_decoder(state.get("decoder") or config.data.decoder, runtime.device, self.index)
+        runtime.together(lambda: self.data.choose_decoder(state.get("decoder")))
         if reader is not None:
             runtime.together(lambda: self._check_same_run(reader, accept_data_change))
 
@@ -110,33 +96,18 @@ class Trainer:
             self.attention = attention_backends.pin(network, config, self.plan.micro_batch, runtime, recorded)
         self._no_compile_cache = compile_cache.keep_beside(self.folder) if config.train.compile else None
         self.step_fn = TrainStep(config, runtime, self.plan, network)
-        epoch_size = len(self.index) if self.index is not None else None
         self.validation = runtime.together(self._open_validation)
-        self.records = Records(config, runtime, self.plan.global_batch, epoch_size)
+        self.records = Records(config, runtime, self.plan.global_batch, self.data.samples)
         if reader is not None:
             runtime.together(lambda: self._load(reader, state))
         self.start_step = self.completed
         self.mlflow_run_id = state.get("mlflow_run_id")
         self.total_steps = -(-config.train.images // config.train.global_batch)
 
-    def _open_data(self) -> Index | MixedIndex | None:
-        config, data = self.config, self.config.data
-        self._order_warnings: list[str] = []
-        if data.source != "shards":
-            data.order = "full"
-            return None
-        index = open_data(data, pack_hint(config))
-        data.order = kind_of(len(index), data)  # what auto means now is what the run keeps
-        order = make_order(
-            index, data, config.run.seed, config.train.global_batch
-        )  # refused before anything is written
-        self._order_warnings = getattr(order, "warnings", [])
-        return index
-
     def _open_validation(self) -> Validation | None:
         if self.config.validation.shards is None:
             return None
-        found = Validation(self.config, self.runtime, self.index)
+        found = Validation(self.config, self.runtime, self.data.index)
         if found.warning:
             self._say(f"warning: {found.warning}")
         return found
@@ -184,8 +155,7 @@ class Trainer:
 
     def _check_same_run(self, reader: Reader, accept_data_change: bool) -> None:
         check_same_run(reader, self.config)
-        fingerprint = self.index.fingerprint if self.index is not None else None
-        self.data_changes = check_same_data(reader, self.config, fingerprint, accept_data_change, self._say)
+        self.data_changes = check_same_data(reader, self.config, self.data.fingerprint, accept_data_change, self._say)
 
     def _load(self, reader: Reader, state: dict[str, Any]) -> None:
         try:
@@ -250,8 +220,7 @@ class Trainer:
             self._close("FAILED")
             raise
         finally:
-            if self.index is not None:
-                self.index.close()  # the loader may be waiting for a shard
+            self.data.close()  # the loader may be waiting for a shard
             loader.close()
             with contextlib.suppress(RuntimeError):  # of a peer that is gone
                 stop.finish()
@@ -337,8 +306,8 @@ class Trainer:
             "images_seen": self.completed * self.plan.global_batch,
             "config": self.config.to_dict(),
             "model": {"name": self.config.model.name, "keywords": self.config.network_keywords()},
-            "data_fingerprint": self.index.fingerprint if self.index is not None else None,
-            "classes": self.index.classes if self.index is not None else None,
+            "data_fingerprint": self.data.fingerprint,
+            "classes": self.data.classes,
         }
 
     def _averages(self) -> tuple[list[Piece], dict[str, Any]]:
@@ -353,7 +322,7 @@ class Trainer:
         tracker = self.records.tracker
         state = {
             **self._facts(),
-            "decoder": self.decoder,
+            "decoder": self.data.decoder,
             "attention": self.attention,
             "scaler": self.step_fn.engine.scaler_state(),
             "sums": self.records.sums.tolist(),
@@ -380,16 +349,8 @@ class Trainer:
         )
         if config.train.cuda_graph and self.runtime.device.type != "cuda":
             self._say("note: train.cuda_graph=true has no effect without a GPU")
-        for warning in self._order_warnings:
-            self._say(f"warning: {warning}")
-        if self.index is not None:
-            threads = config.data.threads or decode_threads()
-            self._say(
-                f"data: {len(self.index):,} images, decoder {self.decoder}, {threads} thread(s) per rank, {config.data.prefetch} micro-batches ahead, "
-                f"{config.data.readers} readers where storage is slow"
-            )
-        if config.data.order == "blocks":
-            self._say(f"order: blocks of {config.data.block_shards} shards, {config.data.lanes} lane(s)")
+        for line in self.data.notes():
+            self._say(line)
         if config.train.compile:
             self._say("torch.compile: the first step may take minutes (train.compile=false in a new run leaves it out)")
             if self._no_compile_cache:
@@ -404,38 +365,10 @@ class Trainer:
         self.runtime.together(self._check_owner)
 
     def open_loader(self) -> Loader:
-        config, steps = self.config, range(self.completed, self.total_steps)
-        if self.index is not None:
-            batches = shard_batches(
-                self.index,
-                config.data,
-                self.plan,
-                self.runtime,
-                config.run.seed,
-                steps,
-                self.decoder,
-                self._cache(steps),
-                warn,
-            )
-        else:
-            batches = synthetic_batches(config.data, self.plan, self.runtime, config.run.seed, steps)
-        loader = Loader(batches, self.runtime.device, config.data.prefetch)
+        """The loader from the next step on; time counts for the next log line from now. Collective."""
+        loader = self.data.loader(self.plan, range(self.completed, self.total_steps), self._say)
         self.records.begin_interval(self.completed, loader)
         return loader
-
-    def _cache(self, steps: range) -> str:
-        """Where the decoded images are kept: "gpu", "host" or "none"."""
-        data, runtime = self.config.data, self.runtime
-        left = len(steps) * self.plan.global_batch
-        place = runtime.together(
-            lambda: choose_place(self.index, data, runtime.device, self.decoder, left, runtime.world_size)
-        )
-        if place != "none":
-            where = "the GPU" if place == "gpu" else "memory"
-            self._say(
-                f"data: {len(self.index):,} images decoded once into {where}, {bytes_of(self.index, data) / 1e9:.2f} GB"
-            )
-        return place
 
     def _close(self, status: str) -> None:
         self.records.close(status, abandon=self.taken_over() is not None)
@@ -455,16 +388,3 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.runtime.is_main:
             print(text, flush=True)
-
-
-def pack_hint(config: Config) -> str:
-    """The pack command that makes the shards this configuration asks for."""
-    shards = config.data.shards or f"shards/{config.run.name}"
-    name = Path(shards).name
-    known = {"digits": "digits", "shapes": "shapes", "cifar": "cifar10", "fashion": "fashion-mnist", "mnist": "mnist",
-             "celeba": "celeba"}  # fmt: skip
-    source = next((value for key, value in known.items() if name.startswith(key)), "folder")
-    extra = {"digits": "", "shapes": " --num 50000", "folder": " --root PATH_TO_IMAGES"}.get(
-        source, " --root data --download"
-    )
-    return PACK_HINT.format(source=source, shards=shards, size=config.data.image_size, extra=extra)
