@@ -86,7 +86,7 @@ def _image(result: Result, place: int) -> np.ndarray | None:
     row = result.samples[place : place + 1][0]
     try:
         data = read_part(result.location(place), int(row["offset"]), int(row["size"]))
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "PPM")) as image:
             image.draft("RGB", (SIDE, SIDE))
             image = image.convert("RGB")
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

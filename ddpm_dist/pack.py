@@ -66,7 +66,7 @@ def pack(
     Args:
         source, root, split, num, seed, download, label_key: see ``ddpm_dist.data.sources.open_source``.
         size: side in pixels (shorter side scaled by Lanczos, centre cut out); None keeps the source's size.
-        image_format: "jpg", "png" or "webp" (lossless); None = png for digits, else jpg.
+        image_format: "jpg", "png", "webp" (lossless) or "raw" (uncompressed); None = png for digits, else jpg.
         quality: JPEG quality 1..100. None = 95, and files that are right as they are get stored byte for byte.
         channels: 1 or 3; None = those of the source, for mixed files those of the first that can be read.
         samples_per_shard: at most so many samples in a tar (and at most about 2 GB).
@@ -266,7 +266,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", metavar="NAME", help="train (default) or test; celeba also valid and all")
     add("--label-key", metavar="KEY", help="huggingface: the column of labels (default label)")
     add("--size", type=int, metavar="N", help="scale to N x N pixels (default: digits 16, shapes 64, else unchanged)")
-    add("--format", choices=PACK_FORMATS, help="webp without loss; default: png for digits, else jpg")
+    add(
+        "--format",
+        choices=PACK_FORMATS,
+        help="webp without loss; raw: pixels as they are, several times larger, nothing to decode; default: png for digits, else jpg",
+    )
     add("--quality", type=int, metavar="Q", help=f"JPEG quality, 1..100 (default {DEFAULT_QUALITY})")
     add("--channels", type=int, choices=(1, 3), help="1 grey, 3 RGB (default: as the source, or its first image)")
     add("--samples-per-shard", type=int, default=DEFAULT_PER_SHARD, metavar="N", help="default %(default)s")

@@ -10,7 +10,10 @@ from ddpm_dist.data.shards import Index
 
 CONFIGS = {("digits", 16): "configs/digits.yaml", ("shapes", 64): "configs/shapes64.yaml",
            ("cifar10", 64): "configs/cifar64.yaml"}  # fmt: skip
-PNG_NOTE = "note: DALI decodes PNG on the CPU; --format webp stores the same pixels in fewer bytes and is decoded about as fast"
+PNG_NOTE = (
+    "note: DALI decodes PNG on the CPU; --format webp stores the same pixels in fewer bytes and is decoded about as fast, --format raw "
+    "stores them as they are, in more bytes, and needs no decoder"
+)
 
 
 @dataclass

@@ -78,7 +78,7 @@ def test_png_says_that_webp_is_there_and_wrong_options_are_refused(tmp_path, cap
     for options, message in [
         ({"image_format": "webp", "size": 16384}, "at most 16383 pixels a side"),
         ({"image_format": "webp", "quality": 90}, "--quality is for --format jpg"),
-        ({"image_format": "raw"}, "--format must be one of jpg, png, webp"),
+        ({"image_format": "gif"}, "--format must be one of jpg, png, webp, raw"),
     ]:
         with pytest.raises(UserError, match=message):
             pack("shapes", tmp_path / "no", num=5, **options)

@@ -102,7 +102,7 @@ GOOD = [("a.png", png(1)), ("a.cls", b"0"), ("b.png", png(2)), ("b.cls", b"1")]
         ([("a.cls", b"0")], ":a: needs exactly one image .* found none"),
         ([("a.png", png()), ("a.cls", b"0"), ("b.png", png())], "1 of 2 samples have no .cls"),
         ([("a.png", b"")], ":a: the image is empty"),
-        ([("a.png", b"garbage")], ":a: not a JPEG, PNG or WebP image"),
+        ([("a.png", b"garbage")], ":a: not a JPEG, PNG, WebP, PPM or PGM image"),
         ([("a.png", png(mode="RGBA"))], ":a: image mode RGBA"),
         ([("a.png", png()), ("a.cls", b"cat")], ":a: the label in .cls"),
         ([("a.png", png()), ("a.cls", b"-1")], ":a: the label in .cls"),

@@ -26,7 +26,8 @@ def resolve_decoder(decoder: str, device: torch.device, index: Any = None) -> st
     """
     if decoder == "auto":
         side = max(index.ranges["height"][1], index.ranges["width"][1]) if index is not None else LARGE
-        return "mixed" if device.type == "cuda" and side >= LARGE else "cpu"
+        raw = index is not None and index.image_format == "raw"  # the GPU has no decoder for it, and needs none
+        return "mixed" if device.type == "cuda" and side >= LARGE and not raw else "cpu"
     if decoder == "mixed" and device.type != "cuda":
         raise UserError(
             "data.decoder=mixed decodes on a GPU and there is none (a run that started with it needs one: cpu and GPU "
@@ -147,16 +148,11 @@ class Decoder:
         """
         with self._output() as output:
             labels = self._labels.popleft()
-            if self._stream is None:
-                pixels = torch.from_numpy(np.array(output.as_array()))
-                return pixels.permute(0, 3, 1, 2), labels, None
+            if not self._on_gpu:
+                return delivered(np.array(output.as_array()), labels, self._stream)
             with torch.cuda.stream(self._stream):
-                if self._on_gpu:
-                    pixels = torch.empty(self._shape, dtype=torch.uint8, device=self._device)
-                    self._take(output.as_tensor(), pixels)
-                else:
-                    host = torch.from_numpy(np.array(output.as_array())).pin_memory()
-                    pixels = host.to(self._device, non_blocking=True)
+                pixels = torch.empty(self._shape, dtype=torch.uint8, device=self._device)
+                self._take(output.as_tensor(), pixels)
                 labels = labels.pin_memory().to(self._device, non_blocking=True)
                 ready = torch.cuda.Event()
                 ready.record(self._stream)
@@ -226,6 +222,19 @@ class Decoder:
                 where = self._index.describe(int(sample))
                 return BadSample(f"{where} cannot be decoded; repair or remove it and pack again", int(sample))
         return error
+
+
+def delivered(pixels: np.ndarray, labels: Tensor, stream: Any) -> tuple[Tensor, Tensor, Any]:
+    """Pixels (B, H, W, C) and labels (B,) from the host as :meth:`Decoder.finish` returns them; stream: of the GPU, None on a CPU."""
+    images = torch.from_numpy(pixels)
+    if stream is None:
+        return images.permute(0, 3, 1, 2), labels, None
+    with torch.cuda.stream(stream):
+        images = images.pin_memory().to(stream.device, non_blocking=True)
+        labels = labels.pin_memory().to(stream.device, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record(stream)
+    return images.permute(0, 3, 1, 2), labels, ready
 
 
 def decode_threads() -> int:

@@ -11,12 +11,12 @@ from PIL import Image, ImageOps
 
 # What source files may be. Pillow would also try formats that start other programs (EPS).
 READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-PILLOW_NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+PILLOW_NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "raw": "PPM"}
 PACK_FORMATS = tuple(PILLOW_NAMES)
 MODES = {1: "L", 3: "RGB"}
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 DEFAULT_QUALITY = 95
-MAX_SIDE = {"jpg": 65500, "png": 65535, "webp": 16383}  # limits of libjpeg, the index and WebP
+MAX_SIDE = {"jpg": 65500, "png": 65535, "webp": 16383, "raw": 65535}  # limits of libjpeg, the index and WebP
 ORIENTATION_TAG = 0x0112
 WEBP_METHOD, WEBP_EFFORT = 2, 40  # more (4, 75) saves 3 %, takes four times as long to write and is not decoded faster
 
@@ -45,8 +45,8 @@ class Recipe:
     """How every image is stored.
 
     Attributes:
-        image_format: "jpg", "png" or "webp". WebP is written without loss and knows no grey: grey images get three equal channels,
-            which are one again when training decodes them.
+        image_format: "jpg", "png", "webp" or "raw". WebP is written without loss and knows no grey: grey images get three equal
+            channels, which are one again when training decodes them. raw: pixels without compression, in a PPM or PGM file.
         channels: 1 (grey) or 3 (RGB).
         size: side in pixels after resizing and centre crop, None = as it is.
         quality: JPEG quality 1..100; None = 95, and source files that are right already are stored byte for byte.
@@ -56,6 +56,11 @@ class Recipe:
     channels: int
     size: int | None = None
     quality: int | None = None
+
+    @property
+    def extension(self) -> str:
+        """Of the file in the shard."""
+        return {1: "pgm", 3: "ppm"}[self.channels] if self.image_format == "raw" else self.image_format
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def fit(image: Image.Image, size: int | None) -> Image.Image:
 
 
 def to_bytes(image: Image.Image, recipe: Recipe) -> bytes:
-    """The image as a JPEG, PNG or lossless WebP file, free of metadata, so that equal pixels give equal bytes."""
+    """The image as a JPEG, PNG, lossless WebP or PPM (grey: PGM) file, free of metadata, so that equal pixels give equal bytes."""
     clean = Image.fromarray(np.asarray(image))
     buffer = io.BytesIO()
     if recipe.image_format == "jpg":
@@ -154,7 +159,7 @@ def to_bytes(image: Image.Image, recipe: Recipe) -> bytes:
     elif recipe.image_format == "webp":
         clean.save(buffer, "WEBP", lossless=True, quality=WEBP_EFFORT, method=WEBP_METHOD)
     else:
-        clean.save(buffer, "PNG")
+        clean.save(buffer, PILLOW_NAMES[recipe.image_format])
     return buffer.getvalue()
 
 
@@ -170,6 +175,7 @@ def _is_right_already(image: Image.Image, recipe: Recipe) -> bool:
     _check_side(image, recipe)
     return (
         image.format == PILLOW_NAMES[recipe.image_format]
+        and image.format != "PPM"  # there are many ways to write one, and writing ours costs nothing
         and image.mode == MODES[recipe.channels]
         and "transparency" not in image.info
         and recipe.size is None

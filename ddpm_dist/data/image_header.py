@@ -1,10 +1,12 @@
 """What an image file says of itself in its first bytes: format, channels and size, without decoding anything.
 
-Sources: JPEG, ITU-T T.81 annex B; PNG, W3C Portable Network Graphics section 11; WebP, RFC 9649 sections 2.5 to 2.7.
+Sources: JPEG, ITU-T T.81 annex B; PNG, W3C Portable Network Graphics section 11; WebP, RFC 9649 sections 2.5 to 2.7; PPM and PGM,
+the manual pages ppm(5) and pgm(5) of Netpbm.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import NamedTuple
 
@@ -15,13 +17,16 @@ SEGMENT, FRAME = struct.Struct(">BBH"), struct.Struct(">BHHB")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_MODES = {(0, 8): ("L", 1), (2, 8): ("RGB", 3)}
 PNG_NAMES = {0: "grey", 2: "RGB", 3: "P (palette)", 4: "LA (with transparency)", 6: "RGBA (with transparency)"}
+# Magic number, width, height and largest value, with white space or comments between them.
+PNM = re.compile(rb"P([56])" + 3 * rb"(?:[ \t\r\n]|#[^\r\n]*[\r\n])+(\d{1,9})" + rb"[ \t\r\n]")
+MAX_PNM_HEADER = 4096
 UNSUPPORTED = "unsupported image"
 GARBAGE = "not an image"
 ABSURD = "absurd image size"
 
 
 class Header(NamedTuple):
-    """format: "jpg", "png" or "webp"; channels: 1 (grey) or 3; width and height in pixels, before any EXIF rotation."""
+    """format: "jpg", "png", "webp" or "raw" (PPM, PGM); channels: 1 (grey) or 3; width and height in pixels, before any EXIF rotation."""
 
     format: str
     channels: int
@@ -38,15 +43,17 @@ class BadImage(Exception):
 
 
 def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """Raises BadImage: not a JPEG, PNG or WebP image, one that training cannot read, or one that claims to be too large."""
+    """Raises BadImage: not an image of a known format, one that training cannot read, or one that claims to be too large."""
     if data[:2] == b"\xff\xd8":
         header = _jpeg(data)
     elif data[:8] == PNG_SIGNATURE:
         header = _png(data)
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         header = _webp(data)
+    elif data[:2] in (b"P5", b"P6"):
+        header = _pnm(data)
     else:
-        raise BadImage(GARBAGE, "not a JPEG, PNG or WebP image")
+        raise BadImage(GARBAGE, "not a JPEG, PNG, WebP, PPM or PGM image")
     _, _, width, height = header
     if not width or not height:
         raise BadImage(ABSURD, f"{width} x {height} pixels")
@@ -54,6 +61,8 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         raise BadImage(ABSURD, f"{width} x {height} pixels; at most {MAX_SIDE} a side are possible")
     if width * height > max_pixels:
         raise BadImage(ABSURD, f"{width} x {height} pixels; at most {max_pixels:,} are taken")
+    if header.format == "raw":
+        _refuse_length(data, header)
     return header
 
 
@@ -114,3 +123,22 @@ def _webp(data: bytes) -> Header:
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
         return Header("webp", 3, width, height)
     raise BadImage(GARBAGE, "not an image: the WebP header is damaged")
+
+
+def _pnm(data: bytes) -> Header:
+    found = PNM.match(data[:MAX_PNM_HEADER])
+    if found is None:
+        raise BadImage(GARBAGE, "not an image: the PPM or PGM header is damaged")
+    kind, width, height, largest = map(int, found.groups())
+    if largest != 255:
+        raise BadImage(UNSUPPORTED, f"a PPM or PGM whose largest value is {largest}, not 255")
+    return Header("raw", {5: 1, 6: 3}[kind], width, height)
+
+
+def _refuse_length(data: bytes, header: Header) -> None:
+    """A PPM or PGM ends with its pixels. Some hold several images; no decoder here would show the second."""
+    wanted = PNM.match(data[:MAX_PNM_HEADER]).end() + header.height * header.width * header.channels
+    if len(data) < wanted:
+        raise BadImage("truncated image", f"{len(data)} bytes where {wanted} are needed")
+    if len(data) > wanted:
+        raise BadImage("damaged image", f"{len(data)} bytes where {wanted} are needed")

@@ -28,8 +28,8 @@ from ddpm_dist.data import augment
 from ddpm_dist.data.bad_samples import BadSamples
 from ddpm_dist.data.cache import Cache
 from ddpm_dist.data.choose_order import make_order, shards_ahead
-from ddpm_dist.data.decoder import Decoder
 from ddpm_dist.data.order import BatchPlan, SampleOrder
+from ddpm_dist.data.raw import open_decoder
 from ddpm_dist.data.reading import Reader
 from ddpm_dist.data.remote_source import public_name, refuse_command
 from ddpm_dist.data.shard_cache import ShardCache
@@ -233,7 +233,7 @@ def _decoded(
     bad: BadSamples,
 ) -> Iterator[MicroBatch]:  # fmt: skip
     """Micro-batches of ``wanted`` until one holds a sample that cannot be used: raises BadSample, and what had begun has to begin again."""
-    decode = Decoder(index, settings, plan.micro_batch, runtime.device, decoder)
+    decode = open_decoder(index, settings, plan.micro_batch, runtime.device, decoder)
     replaced = ((step, slots, epochs, *bad.replace(ids)) for step, slots, epochs, ids in wanted)
     reading = _ahead((*item, read.start(item[3])) for item in replaced)
 

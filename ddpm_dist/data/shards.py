@@ -70,7 +70,7 @@ class Index:
         ranges: least and largest label, height and width of all samples, such as {"label": [0, 9], ...}.
         classes: class names, or None for unlabelled data (then every label is -1).
         channels: 1 (grey) or 3 (RGB).
-        image_format: "jpg", "png", "webp", "raw", or "mixed".
+        image_format: "jpg", "png", "webp", "raw" (PPM and PGM files), or "mixed".
         fingerprint: sha256 over everything that defines the data; the same for a copy elsewhere.
     """
 

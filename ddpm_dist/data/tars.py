@@ -24,7 +24,7 @@ from ddpm_dist.errors import UserError
 
 __all__ = ["Finding", "Found", "Member", "Scan", "Wanted", "scan_shard", "scan_stream", "split_name", "ustar_name"]
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm")
 MAX_IMAGE_BYTES = 1 << 28
 RECORD = struct.Struct("<QQIiHH")
 DUPLICATE, INTERLEAVED, NO_IMAGE_FOUND = "duplicate key", "interleaved keys", "no image"
@@ -48,7 +48,7 @@ class Wanted:
     """What is looked for in a shard.
 
     Attributes:
-        image: the extension of the image; None: the one of .jpg, .jpeg, .png and .webp that is there.
+        image: the extension of the image; None: the one of ``IMAGE_EXTENSIONS`` that is there.
         label: how labels are read.
         max_pixels: images that claim more are a finding.
         decode: raises BadImage for an image that cannot be decoded; None: only headers are read.
@@ -210,7 +210,7 @@ class _Scanner:
             return
         if problem is None and len(sample.images) != 1:
             names = ", ".join(sample.images[:5]) or "none"
-            kinds = f".{self.wanted.image}" if self.wanted.image else ".jpg, .jpeg, .png or .webp"
+            kinds = f".{self.wanted.image}" if self.wanted.image else f".{', .'.join(IMAGE_EXTENSIONS)}"
             reason = "several images" if sample.images else NO_IMAGE_FOUND
             problem = (reason, f"needs exactly one image ({kinds}), found {names}")
         if problem is None and sample.code == NO_LABEL and rule.extension is not None and not rule.optional:
@@ -261,7 +261,7 @@ NUMBERS = Wanted(LabelRule("cls", meaning="number", optional=True))
 def scan_shard(path: str | os.PathLike) -> Scan:
     """Read a shard in which nothing may be wrong, and say what it holds.
 
-    Every sample needs exactly one image (jpg, png or webp; grey or RGB); a label is an ASCII integer in ``key.cls``.
+    Every sample needs exactly one image (one of ``IMAGE_EXTENSIONS``; grey or RGB); a label is an ASCII integer in ``key.cls``.
     Either all samples of a shard have a label or none. Files of other types are passed over. Only the header of an
     image is parsed.
 

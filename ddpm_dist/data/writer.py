@@ -235,7 +235,7 @@ def fill_folder(
     kept = tally.readable(_with_bar(encoded, len(positions), images.name, progress), skip_bad)
     with contextlib.ExitStack() as stack:
         writers = [
-            stack.enter_context(TarWriter(place, images.name, recipe.image_format, per_shard, first))
+            stack.enter_context(TarWriter(place, images.name, recipe.extension, per_shard, first))
             for place in (folder, validation)
             if place is not None
         ]
