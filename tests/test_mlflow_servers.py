@@ -67,7 +67,7 @@ def test_after_close_nothing_is_sent_or_remembered_any_more(tmp_path):
     wait_until(lambda: tracker.run_id is not None)
     begin = time.monotonic()
     tracker.close("KILLED", timeout=1)  # deliveries succeed, so it waits longer than this, but not for all of them
-    assert 1 < time.monotonic() - begin < 5
+    assert 1 < time.monotonic() - begin < 15  # all of them would take 20
     time.sleep(1)  # the batch that was on its way
     known, sent = (tmp_path / "run" / "tracking.json").read_text(), list(server.runs[tracker.run_id]["steps"])
     assert 0 < len(sent) < 2000
@@ -97,7 +97,7 @@ def test_a_server_that_dies_and_comes_back_gets_what_it_missed(tmp_path, capsys)
     server.die()
     begin = time.monotonic()
     log(tracker, 51, 50 + MAX_RECORDS + 200)  # more than the queue holds
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
     wait_until(lambda: tracker._worker._warned)
     server = Store(port, runs)
     last = 60 + MAX_RECORDS + 200

@@ -29,10 +29,11 @@ def index(tmp_path_factory) -> Index:
 
 @pytest.fixture
 def storage(monkeypatch):
-    """Every file takes as long as ``delay`` says; ``at_once``: the most threads that were waiting together."""
+    """Every file takes as long as ``delay`` says, or until ``together`` lets it go; ``at_once``: the most threads that waited together."""
 
     class Storage:
         delay, at_once, names = 0.0, 0, set()
+        together: threading.Barrier | None = None
 
         def __init__(self) -> None:
             self._now, self._lock, self._real = 0, threading.Lock(), Index._pread
@@ -42,6 +43,8 @@ def storage(monkeypatch):
                 self._now += 1
                 self.at_once = max(self.at_once, self._now)
                 self.names.add(threading.current_thread().name)
+            if self.together is not None and threading.current_thread().name.startswith("reader"):
+                self.together.wait(60)
             time.sleep(self.delay)
             with self._lock:
                 self._now -= 1
@@ -66,26 +69,32 @@ def test_files_come_in_the_order_that_was_asked_for(index):
 
 
 def test_slow_storage_is_asked_by_several_threads_and_quick_one_by_none(index, storage, monkeypatch):
-    monkeypatch.setattr(reading, "QUICK", 1e-3)  # a loaded machine is not taken for slow storage
     ids = np.arange(40)
     with Reader(index) as read:
         storage.delay = 5 * SLOW
-        begin = time.monotonic()
         first = read.start(ids)
         assert storage.at_once == 0  # nothing yet: the loader's own thread will do it
         first()
-        alone = time.monotonic() - begin
         assert read.slow and storage.at_once == 1 and storage.names == {threading.current_thread().name}
-        begin = time.monotonic()
+        # From now on no read ends before as many wait as there are readers; one thread would wait in vain.
+        storage.together = threading.Barrier(READERS)
         second = read.start(ids)
-        time.sleep(0.01)
-        assert storage.at_once == READERS  # they have begun, although nobody waits for them
+        until(lambda: storage.at_once == READERS)  # they have begun, although nobody waits for them
         assert [file.tobytes() for file in second()] == plain(index, ids)
-        assert time.monotonic() - begin - 40 * storage.delay < 0.6 * alone  # the plain reading is in it
-        storage.delay = 0.0
+        storage.together, storage.delay = None, 0.0
+        monkeypatch.setattr(reading, "QUICK", 10.0)  # a loaded machine is not taken for slow storage
+        monkeypatch.setattr(reading, "SLOW", 10.0)
         for _ in range(CALM):
+            assert read.slow
             read(ids)
         assert not read.slow
+
+
+def until(true, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("slow", [False, True])

@@ -245,4 +245,4 @@ def test_reading_takes_no_time(tmp_path):
     requeue.write(tmp_path / "history.json", [Attempt(n, n, n + 1, 75, "SIGUSR1", "requeued") for n in range(1000)])
     begin = time.monotonic()
     assert requeue.begin(tmp_path, 1000)[0] == 0
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
