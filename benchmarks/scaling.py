@@ -37,7 +37,6 @@ from ddpm_dist import rendezvous
 from ddpm_dist import runtime as runtimes
 from ddpm_dist.config import Config, load_config
 from ddpm_dist.data.order import plan_batches
-from ddpm_dist.data.pipeline import PREFETCH
 from ddpm_dist.errors import UserError, exit_codes
 from ddpm_dist.runtime import Runtime
 from ddpm_dist.trainer import Trainer
@@ -97,7 +96,7 @@ class Loop:
 
     def input_alone(self, count: int) -> float:
         """Seconds the loader needs for the batches of a step when nothing else runs."""
-        for _ in range(PREFETCH + 1):  # those that are ready
+        for _ in range(self.trainer.data.ahead + 1):  # those that are ready
             self.loader.next()
         start = self._together()
         for _ in range(count):

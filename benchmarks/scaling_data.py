@@ -131,9 +131,9 @@ def measure_loader(images: int = 2_000, size: int = 64, batch: int = 64) -> dict
 
     from ddpm_dist import runtime as runtimes
     from ddpm_dist.config import load_config
-    from ddpm_dist.data.decoder import decode_threads
     from ddpm_dist.data.order import plan_batches
     from ddpm_dist.data.pipeline import PREFETCH, Loader, open_index, shard_batches
+    from ddpm_dist.data.workers import decode_threads
     from ddpm_dist.pack import pack
 
     with tempfile.TemporaryDirectory(prefix="scaling_loader_") as folder:

@@ -61,6 +61,7 @@ def settings(args: argparse.Namespace, scratch: Path, device: torch.device, worl
         "train.micro_batch=null",
         "train.images=1_000_000_000",
         "train.audit=false",
+        f"data.prefetch={PREFETCH}",
         "ema.warmup=0",  # the average moves from the first step, as it does for most of a run
         f"tracking.mlflow={str(args.mlflow).lower()}",
         f"tracking.uri=sqlite:///{scratch / 'mlflow.db'}",
@@ -133,7 +134,7 @@ def measure(args: argparse.Namespace, scratch: Path, runtime: Runtime) -> dict[s
             if skipped is None:
                 reference, skipped = _reference(args, config, scratch, device)
                 contenders += [reference] if reference is not None else []
-            settle = PREFETCH if device.type == "cuda" else 1
+            settle = config.data.prefetch if device.type == "cuda" else 1
             for number in range(args.repeats):
                 # Every second turn the other way round, so that none always profits from going first.
                 for each in contenders if number % 2 == 0 else contenders[::-1]:

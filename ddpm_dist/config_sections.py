@@ -84,8 +84,9 @@ class Data(Section):
     # share of JPEGs for the GPU's decoding hardware; null: DALI's choice
     hw_decoder_load: float | None = Field(None, ge=0, le=1)
     threads: int | None = Field(None, ge=1)  # of DALI, per rank; null: cores / ranks of the machine, 4 at most
-    prefetch: int = Field(3, ge=1)  # micro-batches that wait decoded
-    readers: int = Field(4, ge=1)  # threads that read files, where storage is slow
+    # micro-batches that wait decoded; null: 3, of small ones up to 8, see data/workers.py
+    prefetch: int | None = Field(None, ge=1)
+    readers: int | None = Field(None, ge=1)  # threads that read files, where storage is slow; null: 2 per core, 4 to 16
     cache: Literal["auto", "gpu", "host", "none"] = "auto"  # the decoded images, where they fit; see data/cache.py
     cache_gb: float | None = Field(None, gt=0)  # bytes that they may take, per rank; null: auto takes a tenth of a GPU
     order: Literal["auto", "full", "blocks"] = "auto"  # auto: full up to full_shuffle samples, then blocks of shards

@@ -8,11 +8,12 @@ from pathlib import Path
 from ddpm_dist.config import Config
 from ddpm_dist.data.cache import bytes_of, choose_place
 from ddpm_dist.data.choose_order import kind_of, make_order
-from ddpm_dist.data.decoder import decode_threads, resolve_decoder
+from ddpm_dist.data.decoder import resolve_decoder
 from ddpm_dist.data.mixed_index import MixedIndex, open_data
 from ddpm_dist.data.order import BatchPlan
 from ddpm_dist.data.pipeline import Loader, shard_batches, synthetic_batches
 from ddpm_dist.data.shards import Index
+from ddpm_dist.data.workers import decode_threads, micro_batches_ahead, readers
 from ddpm_dist.runtime import Runtime
 from ddpm_dist.tracking.progress import warn
 
@@ -28,11 +29,14 @@ class RunData:
 
     Attributes:
         index: None for synthetic data.
+        ahead: micro-batches that wait decoded.
         decoder: "cpu" or "mixed", once :meth:`choose_decoder` was called; None for synthetic data.
     """
 
-    def __init__(self, config: Config, runtime: Runtime) -> None:
+    def __init__(self, config: Config, runtime: Runtime, micro_batch: int) -> None:
+        """micro_batch: images of a rank in one micro-step."""
         self._config, self._runtime = config, runtime
+        self.ahead = micro_batches_ahead(config.data, micro_batch)
         self._warnings: list[str] = []
         self.decoder: str | None = None
         self.index: Index | MixedIndex | None = runtime.together(self._open)
@@ -75,8 +79,8 @@ class RunData:
             return []
         lines = [f"warning: {warning}" for warning in self._warnings]
         lines.append(
-            f"data: {len(self.index):,} images, decoder {self.decoder}, {data.threads or decode_threads()} thread(s) per rank, "
-            f"{data.prefetch} micro-batches ahead, {data.readers} readers where storage is slow"
+            f"data: {len(self.index):,} images, decoder {self.decoder}, {decode_threads(data)} thread(s) per rank, {self.ahead} "
+            f"micro-batches ahead, {readers(data)} readers where storage is slow"
         )
         if data.order == "blocks":
             lines.append(f"order: blocks of {data.block_shards} shards, {data.lanes} lane(s)")
@@ -92,7 +96,7 @@ class RunData:
             batches = shard_batches(
                 self.index, config.data, plan, runtime, config.run.seed, steps, self.decoder, place, told=warn
             )
-        return Loader(batches, runtime.device, config.data.prefetch)
+        return Loader(batches, runtime.device, self.ahead)
 
     def _cache(self, images_left: int, say: Callable[[str], None]) -> str:
         """Where the decoded images are kept: "gpu", "host" or "none"."""

@@ -58,7 +58,7 @@ class Trainer:
             lambda: plan_batches(config.train.global_batch, config.train.micro_batch, runtime.world_size)
         )
         runtime.together(lambda: check_engine(config, self.plan, runtime))
-        self.data = RunData(config, runtime)
+        self.data = RunData(config, runtime, self.plan.micro_batch)
         check_alike(runtime, config, self.data.fingerprint)
         use_fast_matmuls(runtime.device)
         torch.backends.cudnn.benchmark = not config.train.audit

@@ -6,7 +6,6 @@ epoch (window, mirror image) is done to the kept pixels by the same code.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +18,7 @@ from ddpm_dist.config import Data
 from ddpm_dist.data import augment
 from ddpm_dist.data.decoder import Decoder
 from ddpm_dist.data.shards import CHECKED_AT_ONCE, Index
+from ddpm_dist.data.workers import local_ranks
 from ddpm_dist.errors import UserError
 from ddpm_dist.host_memory import free_host_memory
 
@@ -85,7 +85,7 @@ def _room(place: str, settings: Data, device: torch.device, share: bool) -> floa
     if place == "gpu":
         free, total = torch.cuda.mem_get_info(device)
         return min(free, given if given is not None else total * GPU_SHARE if share else free)
-    free = (free_host_memory() or 0) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = (free_host_memory() or 0) / local_ranks()
     return min(free, given if given is not None else free * HOST_SHARE if share else free)
 
 

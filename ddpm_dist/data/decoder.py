@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ddpm_dist.config import Data
 from ddpm_dist.data.shards import Index
+from ddpm_dist.data.workers import decode_threads
 from ddpm_dist.errors import BadSample, UserError
 
 LARGE = 256  # pixels: below, "mixed" decodes mostly on the host as well, and a core feeds more small images than a GPU trains on
@@ -76,7 +76,7 @@ class Decoder:
 
         @pipeline_def(
             batch_size=batch,
-            num_threads=settings.threads or decode_threads(),
+            num_threads=decode_threads(settings),
             device_id=device.index if on_gpu else None,
             prefetch_queue_depth=1,
         )
@@ -235,9 +235,3 @@ def delivered(pixels: np.ndarray, labels: Tensor, stream: Any) -> tuple[Tensor, 
         ready = torch.cuda.Event()
         ready.record(stream)
     return images.permute(0, 3, 1, 2), labels, ready
-
-
-def decode_threads() -> int:
-    """DALI threads of this process: the cores of the machine shared by its ranks, four at the most."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

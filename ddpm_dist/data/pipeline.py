@@ -34,12 +34,13 @@ from ddpm_dist.data.reading import Reader
 from ddpm_dist.data.remote_source import public_name, refuse_command
 from ddpm_dist.data.shard_cache import ShardCache
 from ddpm_dist.data.shards import MAX_CHECKED_FILES, Index
+from ddpm_dist.data.workers import LEAST_AHEAD, local_ranks, readers
 from ddpm_dist.errors import BadSample, UserError
 from ddpm_dist.runtime import Runtime
 
 CACHE_SHARE = 0.5  # of the disk, for fetched shards, unless data.cache_dir_gb says otherwise
 FETCHERS = 8  # threads of a node that fetch shards ahead of need
-PREFETCH = 3  # micro-batches that wait decoded
+PREFETCH = LEAST_AHEAD  # micro-batches that wait decoded, where nothing is said
 T = TypeVar("T")
 
 
@@ -168,8 +169,7 @@ def _cache_of(index: Index, settings: Data) -> ShardCache | None:
     else:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         budget = min(whole, int(CACHE_SHARE * shutil.disk_usage(there).total))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return ShardCache(folder, budget, max(1, FETCHERS // ranks), settings.allow_pipe, settings.fetch_patience)
+    return ShardCache(folder, budget, max(1, FETCHERS // local_ranks()), settings.allow_pipe, settings.fetch_patience)
 
 
 def shard_batches(
@@ -200,7 +200,7 @@ def shard_batches(
 
     fetched = any(part.cache is not None for part in getattr(index, "parts", [index]))
     wanted = positions()
-    with Reader(index, readers=settings.readers) as read:
+    with Reader(index, readers=readers(settings)) as read:
         if cache != "none":
             kept = Cache(index, settings, plan.micro_batch, runtime.device, decoder, cache, read)
             for step, slots, epochs, ids in wanted:
