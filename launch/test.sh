@@ -4,5 +4,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 prepare_environment test
-# Two at a time, each file's tests by one process: much of the time is one process starting up.
-exec "$PYTHON" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"
+# Each file's tests by one process, and one process more than cores (4 at most): much of the time is waiting for others to start or to answer.
+processes=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
+exec "$PYTHON" -m pytest --numprocesses="$processes" --dist=loadfile --no-loadscope-reorder "$@"
