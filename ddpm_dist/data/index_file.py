@@ -27,9 +27,14 @@ SAMPLE_DTYPE = np.dtype(
 )
 
 
+def digest(data: bytes) -> bytes:
+    """The 8 bytes of the checksum of a sample's image bytes: blake2b."""
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
 def checksum(data: bytes) -> int:
-    """64 bit checksum of a sample's image bytes: blake2b with an 8 byte digest, little endian."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    """The same as a number, as the table of the index holds it: little endian, 64 bit."""
+    return int.from_bytes(digest(data), "little")
 
 
 def file_sha256(path: Path) -> str:

@@ -30,6 +30,7 @@ from ddpm_dist.data.index_file import (
     check_head,
     check_table,
     checksum,
+    digest,
     file_sha256,
     fingerprint,
     ranges,
@@ -242,10 +243,11 @@ class Index:
         rows, numbers = self.rows(ids), self.shard_of(ids).tolist()
         found = []
         # Lists of Python numbers: taking fields out of single records costs more than reading them from the page cache.
-        columns = (rows[name].tolist() for name in ("size", "offset", "checksum"))
-        for place, (number, size, offset, wanted) in enumerate(zip(numbers, *columns, strict=True)):
+        columns = (rows[name].tolist() for name in ("size", "offset"))
+        wanted = np.ascontiguousarray(rows["checksum"]).tobytes()  # little endian, as the digests are
+        for place, (number, size, offset) in enumerate(zip(numbers, *columns, strict=True)):
             data = self._pread(number, size, offset)
-            if checksum(data) != wanted:
+            if digest(data) != wanted[8 * place : 8 * place + 8]:
                 raise BadSample(
                     f"{self.describe(int(ids[place]))}: the image bytes do not match the index (the shard is damaged or was "
                     f"replaced): {self._remedy}",
