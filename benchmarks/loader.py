@@ -3,6 +3,7 @@
     python -m benchmarks.loader                                  # 64x64, one core
     python -m benchmarks.loader --size 256 --json loader_256.json
     python -m benchmarks.loader --shards shards/mine --cores 4   # your own JPEGs; all of one size
+    python -m benchmarks.loader --only indexing --only check     # parts of it; --no-data: the loaders alone
 
 One size per run. Without --shards the images are those of ``ddpm_dist.pack shapes`` (JPEG, quality 95, no colour subsampling), packed
 into a temporary folder. All contestants read the same JPEGs from the page cache and deliver batches of uint8 pixels and integer
@@ -21,6 +22,17 @@ of a contestant; cores used (CPU seconds per second) well below --cores means th
 say more than the images per second. Ratios are medians over the turns of the ratio within a turn. Before it is timed, each has to deliver one epoch: as many
 different images as there are, with the labels and brightness that Pillow finds. One that does not is reported as wrong, not as fast,
 and the exit code is 1.
+
+Then, in as many turns of a quarter of the length, on one core:
+
+- indexing: ``ddpm_dist.index`` over the shards, in MB per CPU second, beside reading and hashing the same bytes.
+- check: ``ddpm_dist.index --check`` (every image decoded), in CPU time, beside decoding the same images by DALI and by Pillow, from memory.
+- streaming: shards behind an HTTP server on loopback. Files through a warm shard cache and the trainer's loader on it, each beside the
+  same on local shards; and from an empty cache the time to the first batch, and how many shards the server had sent by then, once with
+  a limit for each connection and once with one for all connections together.
+- formats: the same pixels in every format that ``ddpm_dist.pack`` writes, through our loader.
+
+The last two use a smaller set, 2,500 images at 64x64. A target that was missed is said in the table and does not change the exit code.
 """
 
 from __future__ import annotations
@@ -30,6 +42,7 @@ import os
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +52,10 @@ import torch
 from benchmarks.environment import environment
 from benchmarks.loader_contestants import CONTESTANTS, DALI, NEED_GPU, OURS, WEBDATASET, Spec, expected
 from benchmarks.loader_limits import sentence
-from benchmarks.loader_process import Contestant
+from benchmarks.loader_process import Contestant, take_turns
+from benchmarks.loader_sections import SECTIONS, measure_sections
+from benchmarks.loader_tables import section_lines
+from benchmarks.loader_turns import ratio
 from benchmarks.output import check_target, publish
 from benchmarks.reference import unpack_shards
 from benchmarks.report_text import number, plain, span
@@ -84,45 +100,52 @@ def measure(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, Any], bo
     cores = sorted(os.sched_getaffinity(0))[-args.cores :]
     index = images(args, scratch)
     size = int(index.samples["height"][0])
-    folder = unpack_shards(index.folder, scratch / "folder")
+    spec = Spec(OURS, str(index.folder), str(scratch / "folder"), size, args.batch, args.workers, args.cores)
+    contestants = [Contestant(replace(spec, name=name)) for name in args.loaders]
+    limits = _compare(contestants, index, args, scratch, cores) if contestants else {}
+    generated = args.shards is None
+    found, right = measure_sections(
+        args.sections, spec, index, generated, args.turns, args.turn_seconds, scratch, cores[-1], _say
+    )
+    report = {
+        "benchmark": "loader", "environment": environment(), "size": size, "entries": [_entry(each, contestants) for each in contestants],
+        "cores": args.cores, "dali_threads": args.cores, "dataloader_workers": args.workers, "batch": args.batch, "turns": args.turns,
+        "turn_seconds": args.turn_seconds, "images": len(index), "kb_per_image": float(index.samples["size"].mean()) / 1000,
+        "source": "generated shapes" if generated else "given shards", "parts_us": None, "limits": None, **limits, **found,
+    }  # fmt: skip
+    return report, right and not any(each.failed for each in contestants)
+
+
+def _compare(
+    contestants: list[Contestant], index: Index, args: argparse.Namespace, scratch: Path, cores: list[int]
+) -> dict[str, Any]:
+    """Check and time all of them; returns what limits ours, see :func:`_limits`."""
+    unpack_shards(index.folder, Path(contestants[0].spec.folder))
     np.save(scratch / "expected.npy", expected(index))
-    about = (str(index.folder), str(folder), size, args.batch, args.workers, args.cores)
-    contestants = [Contestant(Spec(name, *about)) for name in CONTESTANTS if args.only is None or name in args.only]
     try:
         for each in contestants:
             if each.spec.name in NEED_GPU and not torch.cuda.is_available():
                 each.problem = "needs a GPU"
                 continue
             each.start(cores)
-            each.ask(f"check {scratch / 'expected.npy'}")
+            each.ask("epoch", expected=str(scratch / "expected.npy"))
             if each.problem is None:
                 each.turn(args.turn_seconds / 2)  # warm-up
                 each.forget()
             _say(f"{each.spec.name}: {each.problem or 'checked'}")
-        for turn in range(args.turns):
-            for each in contestants[:: 1 if turn % 2 == 0 else -1]:
-                each.turn(args.turn_seconds)
-            _say(f"turn {turn + 1} of {args.turns}")
-        limits = _limits(contestants, args)
+        take_turns(contestants, args.turns, args.turn_seconds, _say)
+        return _limits(contestants, args)
     finally:
         for each in contestants:
             each.close()
-    kilobytes = float(index.samples["size"].mean()) / 1000
-    report = {
-        "benchmark": "loader", "environment": environment(), "size": size, "entries": [_entry(each, contestants) for each in contestants],
-        "cores": args.cores, "dali_threads": args.cores, "dataloader_workers": args.workers, "batch": args.batch, "turns": args.turns,
-        "turn_seconds": args.turn_seconds, "images": len(index), "kb_per_image": kilobytes,
-        "source": "generated shapes" if args.shards is None else "given shards", **limits,
-    }  # fmt: skip
-    return report, not any(each.failed for each in contestants)
 
 
 def _limits(contestants: list[Contestant], args: argparse.Namespace) -> dict[str, Any]:
     """What limits our pipeline on the CPU: its parts in microseconds of CPU time per image, and the same in words."""
     mine = next((each for each in contestants if each.spec.name == OURS and each.rates), None)
-    found = mine and mine.ask(f"parts {args.turn_seconds / 2}")
+    found = mine and mine.ask("parts", seconds=args.turn_seconds / 2)
     if not found:
-        return {"parts_us": None, "limits": None}
+        return {}
     return {"parts_us": found, "limits": sentence(found, statistics.median(mine.cpu_s_per_1000))}
 
 
@@ -136,21 +159,18 @@ def _entry(own: Contestant, contestants: list[Contestant]) -> dict[str, Any]:
     for key, name in RATIOS.items():
         other = next((each for each in contestants if each.spec.name == name and each.problem is None), None)
         if other is not None and other is not own:
-            result[key] = _ratio(own.rates, other.rates)
-            result[f"per_cpu_second_{key}"] = _ratio(other.cpu_s_per_1000, own.cpu_s_per_1000)
+            result[key] = ratio(own.rates, other.rates)
+            result[f"per_cpu_second_{key}"] = ratio(other.cpu_s_per_1000, own.cpu_s_per_1000)
     return result
-
-
-def _ratio(mine: list[float], theirs: list[float]) -> dict[str, float]:
-    """Of one turn each."""
-    ratios = [
-        a / b for a, b in zip(mine, theirs, strict=True) if b > 0
-    ]  # a turn of a test can be shorter than a clock tick
-    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)} if ratios else {}
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
+    parts = [_loader_lines(report) if report["entries"] else [], section_lines(report)]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def _loader_lines(report: dict[str, Any]) -> list[str]:
     size, hardware = report["size"], report["environment"]["hardware"]
     lines = [
         f"{report['images']:,} JPEGs of {size}x{size} ({report['source']}), {report['kb_per_image']:.1f} KB each; {report['cores']} of "
@@ -180,7 +200,7 @@ def markdown(report: dict[str, Any]) -> str:
         if size == 64:
             per_core = mine["images_per_sec"] / report["cores"]
             lines += [f"Target: {TARGET:,} images/s from one core; {per_core / TARGET:.2f} times that was measured."]
-    return "\n".join(lines)
+    return lines
 
 
 def _say(text: str) -> None:
@@ -212,15 +232,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--only",
         action="append",
-        choices=list(CONTESTANTS),
+        choices=[*CONTESTANTS, *SECTIONS],
         metavar="NAME",
-        help="leave out the others; may be repeated",
+        help=f"a loader, or one of {', '.join(SECTIONS)}: leave out all others; may be repeated",
     )
+    add("--no-data", action="store_true", help=f"leave out {', '.join(SECTIONS)}")
     add("--json", type=Path, help="write the report to this file")
     add("--markdown", type=Path, help="write the table to this file")
     args = parser.parse_args(argv)
     if args.shards is not None and (args.size is not None or args.images is not None):
         raise UserError("--shards brings its own images: leave out --size and --images")
+    args.loaders = [name for name in CONTESTANTS if args.only is None or name in args.only]
+    args.sections = [name for name in SECTIONS if (not args.no_data if args.only is None else name in args.only)]
+    if args.no_data and args.sections:
+        raise UserError(f"--no-data leaves out {args.sections[0]}, which --only names: give one of the two")
     args.size = 64 if args.size is None else args.size
     if args.images is None:
         args.images = max(1000, min(10_000, 10_000 * 64**2 // max(1, args.size) ** 2))

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ddpm_dist.config import Data
 from ddpm_dist.data.order import BatchPlan
-from ddpm_dist.data.pipeline import Loader, shard_batches
+from ddpm_dist.data.pipeline import Loader, open_index, shard_batches
 from ddpm_dist.data.shards import Index
 from ddpm_dist.runtime import Runtime
 
@@ -30,6 +31,7 @@ class Spec:
     """What a contestant is told. ``shards``: a packed folder; ``folder``: the same files, one subfolder per class.
 
     size: side of the images; workers: processes of a DataLoader; threads: of DALI. endless: only webdataset can do without.
+    data: further settings of the section ``data`` of a configuration, for our own loader.
     """
 
     name: str
@@ -40,18 +42,20 @@ class Spec:
     workers: int
     threads: int
     endless: bool = True
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def settings(spec: Spec, index: Index) -> Data:
     """The ``data`` section of a configuration that trains on these shards."""
-    return Data(shards=spec.shards, image_size=spec.size, channels=index.channels, num_classes=index.num_classes)
+    own = {"shards": spec.shards, "image_size": spec.size, "channels": index.channels, "num_classes": index.num_classes}
+    return Data(**own, **spec.data)
 
 
 def ours(decoder: str, cache: str) -> Callable[[Spec], Iterator[Batch]]:
     """The trainer's own loader. ``decoder`` mixed or ``cache`` gpu deliver on the GPU, the others in the host's memory."""
 
     def stream(spec: Spec) -> Iterator[Batch]:
-        index = Index.load(spec.shards)
+        index = open_index(settings(spec, Index.load(spec.shards)), "")
         on_gpu = decoder == "mixed" or cache == "gpu"
         device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
         plan, alone = BatchPlan(spec.batch, 1, spec.batch), Runtime(0, 1, 0, device, None)

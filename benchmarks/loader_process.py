@@ -1,19 +1,23 @@
 """One contestant of ``benchmarks.loader`` in a process of its own, pinned to its cores; and the CPU seconds that it costs.
 
-The process reads commands from its standard input and answers each with one line of JSON: "check FILE" (an epoch against what
-``loader_contestants.expected`` found), "turn SECONDS", "parts SECONDS". It ends with its input.
+The process reads commands from its standard input, each a word and a JSON object of options, and answers each with one line of JSON:
+"epoch" (one epoch against what ``loader_contestants.expected`` found), "turn", and the functions of ``MEASURES``. It ends with its input.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.loader_turns import in_turns
 
 if TYPE_CHECKING:
     from benchmarks.loader_contestants import Spec
@@ -21,6 +25,15 @@ if TYPE_CHECKING:
 SETTLE = 12  # batches before a turn, more than anybody keeps ready (per worker of a DataLoader two more)
 SMALLEST_TURN = 5  # batches
 _TICK = os.sysconf("SC_CLK_TCK")
+# What else a process can be asked for: functions of the spec and the options, and the modules they are in.
+MEASURES = {
+    "parts": "benchmarks.loader_limits", "indexing": "benchmarks.loader_reading", "check": "benchmarks.loader_reading",
+    "read": "benchmarks.loader_streaming", "cold": "benchmarks.loader_streaming",
+}  # fmt: skip
+
+
+class Failed(Exception):
+    """A process could not do what it was asked for; the text is its ``problem``."""
 
 
 def members(session: int) -> list[int]:
@@ -80,12 +93,12 @@ class Contestant:
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=variables
         )
 
-    def ask(self, command: str) -> dict[str, Any] | None:
+    def ask(self, command: str, **options: Any) -> dict[str, Any] | None:
         """The answer; None once something has gone wrong, which ends the process and becomes its ``problem``."""
         if self.problem is not None:
             return None
         try:
-            self.process.stdin.write(command + "\n")
+            self.process.stdin.write(f"{command} {json.dumps(options)}\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # it has no answer either
@@ -97,9 +110,16 @@ class Contestant:
             return None
         return answer
 
+    def must(self, command: str, **options: Any) -> dict[str, Any]:
+        """The answer. Raises Failed where there is none."""
+        answer = self.ask(command, **options)
+        if answer is None:
+            raise Failed(self.problem)
+        return answer
+
     def turn(self, seconds: float) -> None:
         """Measure one turn, then wait until the process is at rest."""
-        found = self.ask(f"turn {seconds}")
+        found = self.ask("turn", seconds=seconds)
         if found is not None:
             self.rates.append(found["images"] / found["seconds"])
             self.cpu_s_per_1000.append(1000 * found["cpu_seconds"] / found["images"])
@@ -142,6 +162,16 @@ class Contestant:
         self.process = None
 
 
+def take_turns(
+    contestants: list[Contestant], turns: int, seconds: float, told: Callable[[str], None] = lambda text: None
+) -> None:
+    """All measure their turns. ``told``: called with a line after each."""
+    for turn in range(turns):
+        for place in in_turns(range(len(contestants)), turn):
+            contestants[place].turn(seconds)
+        told(f"turn {turn + 1} of {turns}")
+
+
 def main() -> None:
     """The contestant's side."""
     answers = os.fdopen(os.dup(1), "w")
@@ -160,8 +190,8 @@ def main() -> None:
     try:
         stream = CONTESTANTS[spec.name](spec)
         for line in sys.stdin:
-            command, argument = line.split(maxsplit=1)
-            reply(_do(command, argument.strip(), spec, stream))
+            command, options = line.split(maxsplit=1)
+            reply(_do(command, json.loads(options), spec, stream))
     except BaseException as error:
         traceback.print_exc()
         first = (str(error).strip().splitlines() or [""])[0][:200]
@@ -169,21 +199,23 @@ def main() -> None:
     os._exit(0)  # DALI and the workers of a DataLoader take their time to end
 
 
-def _do(command: str, argument: str, spec: Spec, stream: Any) -> dict[str, Any]:
-    if command == "check":
-        import numpy as np
+def _do(command: str, options: dict[str, Any], spec: Spec, stream: Any) -> dict[str, Any]:
+    if command == "turn":
+        return _turn(stream, options["seconds"], SETTLE + 2 * spec.workers)
+    if command == "epoch":
+        return _epoch(options["expected"], spec, stream)
+    return getattr(importlib.import_module(MEASURES[command]), command)(spec, **options)
 
-        from benchmarks.loader_contestants import CONTESTANTS, WEBDATASET, check_epoch
 
-        if spec.name == WEBDATASET:  # the epochs of several workers overlap, unless it stops after one
-            stream = CONTESTANTS[spec.name](replace(spec, endless=False))
-        problem = check_epoch(stream, np.load(argument))
-        return {} if problem is None else {"problem": problem}
-    if command == "parts":
-        from benchmarks.loader_limits import parts
+def _epoch(expected: str, spec: Spec, stream: Any) -> dict[str, Any]:
+    import numpy as np
 
-        return parts(spec, float(argument))
-    return _turn(stream, float(argument), SETTLE + 2 * spec.workers)
+    from benchmarks.loader_contestants import CONTESTANTS, WEBDATASET, check_epoch
+
+    if spec.name == WEBDATASET:  # the epochs of several workers overlap, unless it stops after one
+        stream = CONTESTANTS[spec.name](replace(spec, endless=False))
+    problem = check_epoch(stream, np.load(expected))
+    return {} if problem is None else {"problem": problem}
 
 
 def _turn(stream: Any, at_least: float, settle: int) -> dict[str, float]:

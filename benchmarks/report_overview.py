@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks.report_files import Folder, Result
 from benchmarks.report_tables import workload
@@ -152,6 +153,29 @@ def _loader_to(key: str) -> Callable[[Folder], str | None]:
     return cell
 
 
+def _loader_section(name: str, what: Callable[[Any], str]) -> Callable[[Folder], str | None]:
+    """A section of the loader benchmark, of every size that was measured."""
+
+    def cell(folder: Folder) -> str | None:
+        found = [
+            f"{what(getattr(result.found, name))}, {result.found.size}x{result.found.size}"
+            for result in folder.of("loader")
+            if getattr(result.found, name) is not None and getattr(result.found, name).problem is None
+        ]
+        return "; ".join(found) or None
+
+    return cell
+
+
+def _speed(found: Any) -> str:
+    speed = found.mb_per_cpu_second
+    return f"{number(speed.median)} ({span(speed.lowest, speed.highest)})"
+
+
+def _shards_sent(found: Any) -> str:
+    return ", ".join(f"{start.shards_sent.highest:g} ({plain(start.name)})" for start in found.cold)
+
+
 def _sampling(sampler: str, ratio: bool) -> Callable[[Folder], str | None]:
     def cell(folder: Folder) -> str | None:
         own = [
@@ -184,6 +208,9 @@ def _stall(folder: Folder) -> str | None:
     return None
 
 
+INDEXING, CHECKING = "indexing shards, MB/s of one core", "checking every image, to DALI's decoding alone"
+WARM_CACHE = "our loader on a warm shard cache, to local shards"
+COLD_START = "cold start of a loader: shards that were sent at the first batch, at most"
 PROMISES: list[tuple[str, Callable[[Folder], str | None]]] = [
     ("training, images/s", _fastest),
     ("training, to the reference loop in the same run", _to_reference),
@@ -199,6 +226,10 @@ PROMISES: list[tuple[str, Callable[[Folder], str | None]]] = [
     ("our loader, images/s", _loader),
     ("our loader, to DALI's own reader", _loader_to("to_dali")),
     ("our loader, to webdataset and DataLoader", _loader_to("to_webdataset")),
+    (INDEXING, _loader_section("indexing", _speed)),
+    (CHECKING, _loader_section("check", lambda found: with_span(found.check_to_dali))),
+    (WARM_CACHE, _loader_section("streaming", lambda found: with_span(found.loader.to_local))),
+    (COLD_START, _loader_section("streaming", _shards_sent)),
     ("`ddpm` sampling, to the original loop step for step", _sampling("ddpm", ratio=True)),
     ("`dpmpp_2m --steps 20` sampling, images/s", _sampling("dpmpp_2m:20", ratio=False)),
     ("update of the averages", _ema),
@@ -206,10 +237,17 @@ PROMISES: list[tuple[str, Callable[[Folder], str | None]]] = [
 ]
 
 
+# Younger than the oldest reports: their lines stand there as soon as one machine has measured them.
+YOUNGER = (INDEXING, CHECKING, WARM_CACHE, COLD_START)
+
+
 def overview(folders: list[Folder]) -> list[str]:
     """Markdown table. Without a folder of a GPU there is a column for it that says so; what a machine has not run says so too."""
     rows = [("", *(plain(folder.title) for folder in folders))]
-    rows += [(label, *(cell(folder) or NOT_YET for folder in folders)) for label, cell in PROMISES]
+    for label, cell in PROMISES:
+        cells = [cell(folder) for folder in folders]
+        if any(cells) or label not in YOUNGER:
+            rows.append((label, *(each or NOT_YET for each in cells)))
     if not any(folder.on_gpu for folder in folders):
         rows = [(*row, NOT_YET if index else "GPU") for index, row in enumerate(rows)]
     return markdown(rows)

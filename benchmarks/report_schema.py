@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from benchmarks.report_base import Count, Model, NotNegative, Numbers, Positive, Real, Report, in_config, in_order
+from benchmarks.report_schema_loader import Loader, Ratio
 from benchmarks.report_schema_step import Activations, Kernels, Startup, Training
 
 
@@ -38,33 +39,6 @@ class Ladder(Report):
     rungs: Annotated[list[Rung], Field(min_length=1)]
     attention: list[Part] = []
     upsampling: list[Part] = []
-
-
-class Ratio(Model):
-    median: Positive
-    lowest: Positive
-    highest: Positive
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Ratio:
-        in_order(self.lowest, self.median, self.highest)
-        return self
-
-
-class LoaderEntry(Numbers):
-    name: str
-    images_per_sec: Positive | None = None
-    lowest: Positive | None = None
-    highest: Positive | None = None
-    cpu_s_per_1000: NotNegative | None = None
-    to_dali: Ratio = None  # left out where there is none
-    to_webdataset: Ratio = None  # left out where there is none
-
-
-class Loader(Report):
-    cores: Count = 1
-    size: Count
-    entries: Annotated[list[LoaderEntry], Field(min_length=1)]
 
 
 class SamplingEntry(Numbers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.loader_tables import section_lines
 from benchmarks.report_files import Folder, Result
 from benchmarks.report_schema import Part
 from benchmarks.report_tables_step import activations, arithmetic, kernels, startup, training, workload
@@ -70,7 +71,9 @@ def loader(folder: Folder, page: Page) -> list[str]:
         cores = f", {many(result.found.cores, 'core')} for each loader"
         limits = ["", f"{plain(more['limits'])}."] if more.get("limits") else []
         head = f"JPEGs of {result.found.size}x{result.found.size} pixels{cores}."
-        lines += ["", head, "", *markdown(rows), *limits, *page.sources([result], folder)]
+        loaders = ["", head, "", *markdown(rows), *limits] if result.found.entries else []
+        sections = section_lines(result.data)
+        lines += [*loaders, *([""] if sections else []), *sections, *page.sources([result], folder)]
     return lines[1:]
 
 
