@@ -32,7 +32,9 @@ from ddpm_dist.runtime import Runtime
 
 WARM_TARGET = 0.8  # of the speed of local shards
 COLD_TARGET = 3  # shards: fewer are completely sent when the first batch is there
-SHARD_SECONDS = 0.4  # that a connection of its own takes for a shard in a cold start
+COLD_STARTS = 5  # with each limit: they take seconds
+SHARD_SECONDS = 0.3  # that a connection takes for a shard in a cold start
+LINE_SECONDS = 0.08  # that the whole of a shared line takes for one; far more than decoding the first batch
 BATCHES_PER_SHARD = 4  # in a cold start: shards are far larger than batches
 EACH, TOGETHER = "each connection limited", "all connections limited together"
 
@@ -54,7 +56,7 @@ def streaming(
         remote = replace(spec, shards=str(index_of(server, index, scratch / "remote")))
         server.forget()
         warm = _warm(spec, remote, expected, server, turns, seconds, scratch / "cache", cores)
-        cold = _cold(remote, index, server, turns, scratch / "cold", cores)
+        cold = _cold(remote, index, server, scratch / "cold", cores)
     return {**about, "target": WARM_TARGET, **warm, "cold": cold}
 
 
@@ -99,26 +101,27 @@ def _warm(
     return {"loader": loader, "reading": found, "fetched_mb": fetched / 1e6, "fetched_later_mb": later / 1e6}
 
 
-def _cold(
-    spec: Spec, index: Index, server: ShardServer, turns: int, cache: Path, cores: list[int]
-) -> list[dict[str, Any]]:
+def _cold(spec: Spec, index: Index, server: ShardServer, cache: Path, cores: list[int]) -> list[dict[str, Any]]:
     largest = max(shard.bytes for shard in index.shards)
-    rate = largest / SHARD_SECONDS
     batch = max(1, min(shard.samples for shard in index.shards[:-1] or index.shards) // BATCHES_PER_SHARD)
-    limits = {EACH: lambda: each_connection(rate), TOGETHER: lambda: all_together(FETCHERS * rate)}
+    alone = {EACH: SHARD_SECONDS, TOGETHER: LINE_SECONDS}
+    limits = {
+        name: lambda limit=limit, name=name: limit(largest / alone[name])
+        for name, limit in ((EACH, each_connection), (TOGETHER, all_together))
+    }
     starts: dict[str, list[dict[str, float]]] = {name: [] for name in limits}
     one = Contestant(replace(spec, batch=batch, data={"order": "blocks", "block_shards": 1}))
     try:
         one.start(cores)
         one_cold_start(one, server, unlimited, cache)  # warm-up: imports, memory
-        for turn in range(turns):
+        for turn in range(COLD_STARTS):
             for name in in_turns(list(limits), turn):
                 starts[name].append(one_cold_start(one, server, limits[name](), cache))
     finally:
         one.close()
     return [
         {
-            "name": name, "shard_s": SHARD_SECONDS if name == EACH else SHARD_SECONDS / FETCHERS, "batch": batch, "target": COLD_TARGET,
+            "name": name, "shard_s": alone[name], "batch": batch, "target": COLD_TARGET,
             **{key: spread([start[key] for start in starts[name]]) for key in starts[name][0]},
             "shards_sent_turns": [start["shards_sent"] for start in starts[name]],
         }

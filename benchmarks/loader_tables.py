@@ -98,9 +98,10 @@ def _about(report: dict[str, Any]) -> str:
     words = ["Indexing and check: CPU time of one process, shards in the page cache."]
     found = report.get("streaming")
     if found and found.get("problem") is None:
-        start = found["cold"][0]
+        cold = found["cold"]
+        alone = ", ".join(f"{start['shard_s']:g} s ({plain(start['name'])})" for start in cold)
         words.append(
-            f"Streaming: {found['images']:,} images in {found['shards']} shards behind an HTTP server on loopback; in a cold start a shard "
-            f"takes {start['shard_s']:g} s on a connection of its own, and blocks of one shard are shown in batches of {start['batch']}."
+            f"Streaming: {found['images']:,} images in {found['shards']} shards behind an HTTP server on loopback; in a cold start blocks "
+            f"of one shard, batches of {cold[0]['batch']}, and a shard that comes alone takes {alone}."
         )
     return " ".join(words)
