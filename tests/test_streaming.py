@@ -26,6 +26,7 @@ from ddpm_dist.pack import pack
 from ddpm_dist.runtime import Runtime
 
 AUDIT = ("train.audit=true", "train.images=96", "data.channels=3")
+ALONE = Runtime(0, 1, 0, torch.device("cpu"), None)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,43 @@ def test_without_a_cache_it_is_said_what_to_do(tmp_path, remote, server):
     done = train(tmp_path / "run", *AUDIT, shards=remote)
     assert done.returncode == 2 and "set data.cache_dir" in done.stderr
     assert not server.requests
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+def test_a_copy_that_was_damaged_on_this_node_is_fetched_again(tmp_path, remote, server, on_bad):
+    """While it is open and before it is opened; no sample is bad because of it."""
+    settings = Data(
+        shards=str(remote),
+        image_size=16,
+        num_classes=10,
+        cache_dir=str(tmp_path / "cache"),
+        cache="none",
+        on_bad=on_bad,
+    )
+
+    def epoch(after_one=lambda: None) -> list:
+        index, found = open_index(settings, ""), []
+        batches = shard_batches(index, settings, plan_batches(8, None, 1), ALONE, 3, range(6), "cpu")
+        for batch in batches:
+            found.append((batch.ids.tolist(), batch.pixels.numpy().tobytes(), batch.replaced))
+            after_one()
+            after_one = lambda: None  # noqa: E731
+        index.close()
+        return found
+
+    def damage() -> None:
+        for path in (tmp_path / "cache").glob("*.tar"):
+            data = np.memmap(path, dtype=np.uint8)
+            data[600::512] ^= 1  # in every image
+            data.flush()
+
+    whole = epoch()
+    asked = len(server.requests)
+    assert asked == 6
+    damage()
+    assert epoch() == whole and len(server.requests) == asked + 6
+    assert epoch(damage) == whole and asked + 6 < len(server.requests) <= asked + 12
+    assert all(replaced == 0 for _, _, replaced in whole)
 
 
 @pytest.mark.parametrize(("how", "said"), [({"flip": [100]}, "sha256"), ({"status": [404]}, "404")])

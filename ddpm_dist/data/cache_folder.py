@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import threading
@@ -93,6 +94,22 @@ class CacheFolder:
                 raise
             os.close(handle)
         return None
+
+    def remove_damaged(self, shard: Wanted) -> None:
+        """Remove the file of a shard if its sha256 is not its name any more."""
+        path = self.folder / f"{shard.sha256}.tar"
+        with self._refusals():
+            try:
+                handle = os.open(path, os.O_RDONLY | FLAGS)
+            except FileNotFoundError:
+                return
+            with open(handle, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
+                    return
+                damaged = os.fstat(handle)
+                with self._alone(), contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.lstat(path), damaged):  # another process may have fetched it meanwhile
+                        os.unlink(path)
 
     @staticmethod
     def keep(handle: int) -> bool:

@@ -127,6 +127,16 @@ class ShardCache:
                 thread.start()
             self._room_may_be_free()
 
+    def give_up_if_damaged(self, url: str, size: int, sha256: str) -> None:
+        """Remove the copy here if it is not the shard any more: the next ``open`` fetches it again.
+
+        Reads the whole copy. For a reader that has found something wrong in it.
+        """
+        shard = self._checked(url, size, sha256)
+        with self._change:
+            self._let_go(sha256)
+        self._folder.remove_damaged(shard)
+
     def close(self) -> None:
         """End what is on its way (its beginning stays in the folder). Descriptors that were handed out stay good."""
         with self._change:

@@ -246,8 +246,11 @@ class Index:
         columns = (rows[name].tolist() for name in ("size", "offset"))
         wanted = np.ascontiguousarray(rows["checksum"]).tobytes()  # little endian, as the digests are
         for place, (number, size, offset) in enumerate(zip(numbers, *columns, strict=True)):
-            data = self._pread(number, size, offset)
-            if digest(data) != wanted[8 * place : 8 * place + 8]:
+            data, right = self._pread(number, size, offset), wanted[8 * place : 8 * place + 8]
+            if digest(data) != right and self.cache is not None:
+                self._give_up_if_damaged(number)
+                data = self._pread(number, size, offset)
+            if digest(data) != right:
                 raise BadSample(
                     f"{self.describe(int(ids[place]))}: the image bytes do not match the index (the shard is damaged or was "
                     f"replaced): {self._remedy}",
@@ -255,6 +258,16 @@ class Index:
                 )
             found.append(data)
         return found
+
+    def _give_up_if_damaged(self, number: int) -> None:
+        """After a wrong checksum: a copy that was damaged on this node's disk goes, so that the next read fetches the shard anew.
+
+        A sample is bad only if it is so everywhere: nodes would otherwise train different runs.
+        """
+        with self._lock:
+            self._files.pop(number, None)  # another thread may have opened a new copy; that costs opening it once more
+        shard = self.shards[number]
+        self.cache.give_up_if_damaged(self.location(number), shard.bytes, shard.sha256)
 
     def _pread(self, number: int, size: int, offset: int) -> bytes:
         try:
