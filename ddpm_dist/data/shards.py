@@ -40,8 +40,9 @@ from ddpm_dist.data.index_file import (
 )
 from ddpm_dist.data.large_index import LargeTable
 from ddpm_dist.data.remote_source import public_name
+from ddpm_dist.data.sample_key import key_at
 from ddpm_dist.data.shard_cache import ShardCache
-from ddpm_dist.data.tars import split_name, ustar_name
+from ddpm_dist.data.tar_stream import BLOCK
 from ddpm_dist.errors import BadSample, UserError
 
 __all__ = [
@@ -216,17 +217,24 @@ class Index:
         return np.searchsorted(self._ends, ids, side="right")
 
     def key_of(self, sample_id: int) -> str:
-        """The webdataset key of a sample, read from the tar header that stands before its image bytes."""
+        """The webdataset key of a sample, read from its shard; "sample N" where the shard is too damaged for that."""
         number = int(self.shard_of(np.asarray(sample_id)))
-        offset = int(self.rows(np.asarray([sample_id]))["offset"][0])
-        header = self._pread(number, 512, offset - 512)
-        return split_name(ustar_name(header))[0] or f"sample {sample_id}"
+        # Where the sample before it ends a header begins; the first sample of a shard is looked for from the shard's beginning.
+        rows = self.rows(np.arange(max(sample_id - 1, 0), sample_id + 1))
+        start = 0
+        if sample_id and int(self.shard_of(np.asarray(sample_id - 1))) == number:
+            start = int(rows["offset"][0]) + -(-int(rows["size"][0]) // BLOCK) * BLOCK
+        key = key_at(lambda size, position: self._pread(number, size, position), start, int(rows["offset"][-1]))
+        return key or f"sample {sample_id}"
 
     def describe(self, sample_id: int) -> str:
         """``FOLDER/SHARD:KEY`` of a sample, for messages; works on damaged shards as well."""
         path = public_name(self.location(int(self.shard_of(np.asarray(sample_id)))))
         try:
-            return f"{path}:{self.key_of(sample_id)}"
+            key = self.key_of(sample_id)
+            if not key.isprintable():  # it may hold anything
+                key = key.encode("unicode_escape").decode("ascii")
+            return f"{path}:{key}"
         except UserError:
             return f"{path}:sample {sample_id}"
 
