@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
+from ddpm_dist.data import image_header
+
 # What source files may be. Pillow would also try formats that start other programs (EPS).
 READABLE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PILLOW_NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "raw": "PPM"}
@@ -89,7 +91,7 @@ def encode(position: int, item: Item, recipe: Recipe) -> Encoded:
         source = _load(item)
         image = source if isinstance(source, Image.Image) else open_image(source)
         recoloured = channels_of(image) != recipe.channels
-        if isinstance(source, bytes) and _is_right_already(image, recipe):
+        if isinstance(source, bytes) and _is_right_already(image, recipe) and _is_accepted(source):
             data = source
         else:
             image = fit(to_channels(upright(image), recipe.channels), recipe.size)
@@ -183,6 +185,15 @@ def _is_right_already(image: Image.Image, recipe: Recipe) -> bool:
         and not getattr(image, "is_animated", False)
         and _is_upright(image)
     )
+
+
+def _is_accepted(source: bytes) -> bool:
+    """Whether an index would take the file. Pillow says nothing of some kinds that training cannot read (an APNG of one picture)."""
+    try:
+        image_header.read_header(source)
+    except image_header.BadImage:
+        return False
+    return True
 
 
 def _is_upright(image: Image.Image) -> bool:

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 MAX_SIDE = 65535  # of the index
 MAX_PIXELS = 1 << 26  # 67 million: 200 MB decoded
-MAX_SEGMENTS = 10_000
+MAX_SEGMENTS = 10_000  # of a JPEG; chunks of a PNG or a WebP before its pixels
 SEGMENT, FRAME = struct.Struct(">BBH"), struct.Struct(">BHHB")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_MODES = {(0, 8): ("L", 1), (2, 8): ("RGB", 3)}
 PNG_NAMES = {0: "grey", 2: "RGB", 3: "P (palette)", 4: "LA (with transparency)", 6: "RGBA (with transparency)"}
+VP8L_ALPHA = 1 << 28  # behind width and height, 14 bits each
 # Magic number, width, height and largest value, with white space or comments between them.
 PNM = re.compile(rb"P([56])" + 3 * rb"(?:[ \t\r\n]|#[^\r\n]*[\r\n])+(\d{1,9})" + rb"[ \t\r\n]")
 MAX_PNM_HEADER = 4096
@@ -104,7 +105,23 @@ def _png(data: bytes) -> Header:
             UNSUPPORTED,
             f"image mode {PNG_NAMES.get(color, f'PNG {color}')}, {depth} bit, is neither 8 bit grey nor 8 bit RGB",
         )
+    _refuse_chunks(data)
     return Header("png", PNG_MODES[color, depth][1], width, height)
+
+
+def _refuse_chunks(data: bytes) -> None:
+    """Of a PNG whose pixels are grey or RGB, the chunks before them may still make one colour transparent, or add more pictures."""
+    position = 33
+    for _ in range(MAX_SEGMENTS):
+        kind = data[position + 4 : position + 8]
+        if kind == b"IDAT" or len(kind) < 4:  # cut short: found when it is decoded
+            return
+        if kind == b"tRNS":
+            raise BadImage(UNSUPPORTED, "a PNG with a transparent colour (tRNS)")
+        if kind == b"acTL":
+            raise BadImage(UNSUPPORTED, "an animated PNG (acTL)")
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    raise BadImage(GARBAGE, f"more than {MAX_SEGMENTS:,} chunks before the pixels of a PNG")
 
 
 def _webp(data: bytes) -> Header:
@@ -116,13 +133,30 @@ def _webp(data: bytes) -> Header:
         return Header("webp", 3, width & 0x3FFF, height & 0x3FFF)
     if kind == b"VP8L" and data[20] == 0x2F:
         bits = int.from_bytes(data[21:25], "little")
+        if bits & VP8L_ALPHA:
+            raise BadImage(UNSUPPORTED, "a WebP with transparency")
         return Header("webp", 3, (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
     if kind == b"VP8X":
         if data[20] & 0x02:
             raise BadImage(UNSUPPORTED, "an animated WebP")
+        if data[20] & 0x10 or _has_alpha(data):
+            raise BadImage(UNSUPPORTED, "a WebP with transparency")
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
         return Header("webp", 3, width, height)
     raise BadImage(GARBAGE, "not an image: the WebP header is damaged")
+
+
+def _has_alpha(data: bytes) -> bool:
+    """Whether a WebP of the extended format holds transparency though its flags do not say so: then decoders differ in what they show."""
+    position = 30
+    for _ in range(MAX_SEGMENTS):
+        kind, size = data[position : position + 4], int.from_bytes(data[position + 4 : position + 8], "little")
+        if kind == b"VP8L":
+            return bool(int.from_bytes(data[position + 9 : position + 13], "little") & VP8L_ALPHA)
+        if kind in (b"ALPH", b"VP8 ") or len(kind) < 4:
+            return kind == b"ALPH"
+        position += 8 + size + size % 2
+    return False
 
 
 def _pnm(data: bytes) -> Header:
