@@ -19,7 +19,7 @@ def read_classes(path: str) -> list[str]:
     try:
         if Path(path).stat().st_size > MAX_CLASSES * 4:
             raise UserError(f"--classes {path} is too large for a list of names")
-        names = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+        names = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     while names and not names[-1]:

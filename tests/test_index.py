@@ -90,6 +90,23 @@ def test_classes_from_a_file_take_names_and_numbers(tmp_path, capsys):
     assert found.classes == ["frog", "bird", "ice cream"] and found.samples["label"].tolist() == [1, 2, 0, 0]
 
 
+def test_a_byte_order_mark_belongs_to_no_name(tmp_path, capsys):
+    """Editors on Windows put one before the text."""
+    (tmp_path / "names").write_bytes(b"\xef\xbb\xbffrog\r\nbird\r\n")
+    write_shards(tmp_path / "f", 4, 4, label=lambda n: {"txt": [b"bird", b"frog"][n % 2]})
+    assert index(capsys, tmp_path / "f", "--out", tmp_path / "i", "--classes", tmp_path / "names")[0] == 0
+    assert (
+        load(tmp_path / "i").classes == ["frog", "bird"]
+        and load(tmp_path / "i").samples["label"].tolist() == [1, 0] * 2
+    )
+    write_shards(tmp_path / "j", 4, 4, label=lambda n: {"json": b'\xef\xbb\xbf{"a": "%s"}' % [b"bird", b"frog"][n % 2]})
+    assert index(capsys, tmp_path / "j", "--out", tmp_path / "k", "--label-key", "a")[0] == 0
+    assert load(tmp_path / "k").classes == ["bird", "frog"]
+    write_tar(tmp_path / "bom.tar", samples(0, 1, 2, s1_cls=b"\xef\xbb\xbf3"))
+    code, lines, _ = index(capsys, tmp_path / "bom.tar", "--check")
+    assert code == 1 and findings(lines) == {("bom", "s1"): "bad label"}
+
+
 def test_one_of_several_images_is_chosen(tmp_path, capsys):
     write_shards(tmp_path / "f", 4, 4, label=lambda n: {"cls": b"0", "Left.PNG": encoded(n + 9, "png", (8, 8))})
     assert index(capsys, tmp_path / "f", "--out", tmp_path / "i", "--image-key", "left.png")[0] == 0
