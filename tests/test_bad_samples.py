@@ -131,6 +131,51 @@ def test_when_most_are_bad_something_else_is_wrong():
         bad.add(BadSample("number 9", 9))
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_balanced_classes_stay_balanced(whole, damaged, world):
+    """The stand-in has the same class, on every rank and from every start."""
+    index = Index.load(damaged)
+    labels, bad = index.samples["label"], {*FLIPPED, *GARBAGE}
+    good = {batch.step: batch for batch in batches(whole, steps=range(40), balance="class")[0]}
+    replaced = 0
+    for number in range(world):
+        for steps in (range(40), range(25, 40)):
+            for batch in batches(damaged, number, world, steps, on_bad="skip", balance="class")[0]:
+                place = [good[batch.step].slots.tolist().index(slot) for slot in batch.slots.tolist()]
+                wanted = good[batch.step].ids[place]
+                for asked, shown, label in zip(wanted.tolist(), batch.ids.tolist(), batch.labels.tolist(), strict=True):
+                    of_class = np.flatnonzero(labels == labels[asked]).tolist()
+                    behind = of_class[of_class.index(asked) :] + of_class
+                    assert shown == next(sample for sample in behind if sample not in bad) and label == labels[asked]
+                replaced += batch.replaced
+                assert batch.replaced == int((wanted != batch.ids).sum())
+    assert replaced > 20
+
+
+def test_a_class_without_a_good_sample_ends_the_run(tmp_path, damaged):
+    bad = BadSamples(6, lambda text: None, np.array([0, 1, 0, 1, 2, 0]), ["a", "1", "c"])
+    for sample in (0, 3):
+        bad.add(BadSample("it", sample))
+    assert bad.replace(np.array([0, 3, 5, 4]))[0].tolist() == [2, 1, 5, 4]
+    bad.add(BadSample("it", 4))
+    with pytest.raises(RunFailed, match=r"none of the 1 samples of class 2 \(c\) can be used") as caught:
+        bad.replace(np.array([4]))
+    assert caught.value.one_rank
+
+    folder = tmp_path / "shapes"
+    shutil.copytree(damaged, folder)
+    index = Index.load(folder)
+    label = int(index.samples["label"][20])
+    for sample in np.flatnonzero(index.samples["label"] == label).tolist():
+        path, row = folder / index.shards[sample // 16].name, index.samples[sample]
+        data = bytearray(path.read_bytes())
+        data[int(row["offset"]) + int(row["size"]) // 2] ^= 1
+        path.write_bytes(data)
+    words = ("train.images=240", "data.channels=3", "data.on_bad=skip", "data.balance=class")
+    done = train(tmp_path / "run", *words, shards=folder)
+    assert done.returncode == 1 and f"samples of class {label} ({index.classes[label]}) can be used" in done.stderr
+
+
 def test_it_does_not_go_with_a_cache(tmp_path, whole):
     done = train(tmp_path / "run", "data.channels=3", "data.on_bad=skip", "data.cache=host", shards=whole)
     assert done.returncode == 2 and "does not go with data.on_bad=skip" in done.stderr

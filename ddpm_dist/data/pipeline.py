@@ -187,7 +187,8 @@ def shard_batches(
 
     told: called once for each bad sample that data.on_bad=skip leaves out, with a sentence, in the thread that reads.
     """
-    bad = BadSamples(len(index), told)
+    balanced = settings.balance == "class"
+    bad = BadSamples(len(index), told, index.samples["label"] if balanced else None, index.classes)
     order = make_order(index, settings, seed, plan.global_batch)
 
     def positions() -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
