@@ -7,8 +7,8 @@
     python -m ddpm_dist.pack folder --root photos.zip --out DIR --split-validation 0.02    # 2 % go to DIR-validation
 
 All tasks run the same command, each with its own number, in any order, on machines that see the same files. What the merge makes is
-what one process makes, byte for byte (exceptions: see ddpm_dist/pack_parts.py). A task or a merge that was interrupted
-is simply started again; a part that is there already is kept.
+what one process makes, byte for byte; with --skip-bad, --split-validation and shards of 2 GB it is the same samples in the same order,
+and shards end elsewhere. A task or a merge that was interrupted is simply started again; a part that is there already is kept.
 """
 
 from __future__ import annotations

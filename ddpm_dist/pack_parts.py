@@ -4,9 +4,10 @@
     OUT.parts/00003-of-00016.*.incomplete/    a part that is being made, or was when its task was killed
     OUT.parts/merged/                         what a merge that was interrupted has moved together so far
 
-Parts are cut where shards end, so the merged folder is, byte for byte, what one process makes of the same source. Two things
-move the ends of shards: images that --skip-bad leaves out, and shards that reach 2 GB before they have all their samples. Then the
-merged folder holds the same samples in the same order, but its shards end elsewhere and its fingerprint is another.
+Parts are cut where shards end, so the merged folder is, byte for byte, what one process makes of the same source. Three things
+move the ends of shards: images that --skip-bad leaves out, images that --split-validation puts into the other folder (every part fills
+its own shards of both), and shards that reach 2 GB before they have all their samples. Then the merged folder holds the same samples
+in the same order, but its shards end elsewhere and its fingerprint is another.
 
 A part records its recipe: the options, and which images the source has (their names and labels, not their content).
 """
