@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ddpm_dist.data.remote_source import public_name
 from ddpm_dist.data.tars import Finding
 from ddpm_dist.index_build import Result
 
 BAR = 30  # characters
+MANY, GAP = 100, 10  # classes, and how many times as many they are as without the labels that may be wrong
 ALL_CLASSES, TOP, BOTTOM, SIZES = 20, 10, 5, 10
 
 
@@ -41,7 +43,7 @@ def overview(result: Result) -> list[str]:
         f"images: {result.image_format}, {'grey' if result.channels == 1 else 'RGB'}",
     ]  # fmt: skip
     if result.classes is not None:
-        lines += _labels(result.classes, labels)
+        lines += _labels(result.classes, labels) + _stray(result, labels)
     return lines + _sizes(sizes)
 
 
@@ -58,6 +60,31 @@ def _labels(classes: list[str], counts: np.ndarray) -> list[str]:
         lines += ["  ...", *_bars([(_class(classes, n), int(counts[n])) for n in gap], int(counts.max()))]
     empty = int((counts == 0).sum())
     return [head + (f"; {empty:,} without any sample" if empty else ""), *lines]
+
+
+def _stray(result: Result, counts: np.ndarray) -> list[str]:
+    """A hint where one wrong label seems to make most of the classes, or nothing.
+
+    That is so where labels leave out most numbers, and without those above the widest gap there would be a tenth of the classes at most.
+    """
+    used, most = np.flatnonzero(counts), len(counts)
+    if len(used) < 2 or most < MANY or used[-1] != most - 1 or result.classes[-1] != str(most - 1):
+        return []  # few, or their names were given
+    steps = (used[1:] + 1) / (used[:-1] + 1)
+    limit = int(used[int(np.argmax(steps))]) + 1
+    if steps.max() < GAP or len(used) * GAP > most:
+        return []
+    first = 0
+    for block in result.samples.blocks():
+        places = np.flatnonzero(block["label"] == most - 1)
+        if len(places):
+            first += int(places[0])
+            break
+        first += len(block)
+    return [
+        f"  the largest label is {most - 1:,} (in {public_name(result.location(first))}), but only {len(used):,} classes have samples: "
+        f"if it is wrong, --num-classes {limit} makes it a finding"
+    ]
 
 
 def _class(classes: list[str], number: int) -> str:

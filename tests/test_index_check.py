@@ -140,6 +140,27 @@ def test_one_damaged_label_does_not_make_a_billion_classes(tmp_path, capsys):
     assert code == 1 and findings(lines) == {("a", "s2"): "label out of range"}
 
 
+def test_one_stray_label_that_makes_many_classes_is_pointed_at(tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", samples(*range(8)))
+    write_tar(tmp_path / "b.tar", samples(0, 1, 2, s1_cls=b"1048575"))
+    hint = lambda *words: [line for line in index(capsys, tmp_path, *words)[1] if "the largest label" in line]  # noqa: E731
+    assert hint("--check") == [
+        f"  the largest label is 1,048,575 (in {tmp_path}/b.tar), but only 5 classes have samples: if it is wrong, "
+        "--num-classes 4 makes it a finding"
+    ]
+    assert hint("--check", "--num-classes", 4) == []
+    assert findings(index(capsys, tmp_path, "--check", "--num-classes", 4)[1]) == {("b", "s1"): "label out of range"}
+    for stray in (b"9", b"38"):  # few classes without samples are nothing strange
+        write_tar(tmp_path / "b.tar", samples(0, 1, 2, s1_cls=stray))
+        assert hint("--check") == []
+    (tmp_path / "names").write_text("\n".join(f"class {n}" for n in range(1000)))
+    write_tar(tmp_path / "b.tar", samples(0, 1, 2, s1_cls=b"999"))
+    assert len(hint("--check")) == 1 and hint("--check", "--classes", tmp_path / "names") == []
+    for k in range(10, 999, 97):  # numbers that are spread evenly
+        write_tar(tmp_path / f"c{k}.tar", samples(1, s1_cls=b"%d" % k))
+    assert hint("--check") == []
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b'{"a": {"c": 1}}', "missing label"), (b'{"a": 3}', "missing label"), (b"{", "bad label"), (b'{"a": {"b": true}}', "bad label"),
