@@ -9,28 +9,35 @@ SHARDS are tar files, folders (every .tar below), patterns such as "train-{000..
 is unpacked. The same command again reads only shards that are new or changed.
 
 Every finding is a line "shard:key: reason: more". Exit code: 0 nothing was found, or it was quarantined; 1 something was found (no index
-is written then); 2 bad usage.
+is written then); 2 bad usage; 141 whoever read the output (such as head) left before the work was done.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ddpm_dist.data.full_decode import strict_jpeg
 from ddpm_dist.data.image_header import MAX_PIXELS
 from ddpm_dist.data.known import QUARANTINE, Known
+from ddpm_dist.data.remote_source import public_name
 from ddpm_dist.data.replace import refuse_alien
 from ddpm_dist.data.scan_indexed import examine
-from ddpm_dist.data.shard_source import expand
+from ddpm_dist.data.shard_source import expand, shown_names
+from ddpm_dist.data.shards import Index
 from ddpm_dist.data.tars import Finding, Wanted
 from ddpm_dist.errors import FAILED, OK, UserError, exit_codes
-from ddpm_dist.index_build import OURS, scan_shards, write
+from ddpm_dist.index_build import OURS, Result, scan_shards, write
 from ddpm_dist.index_labels import find_rule, read_classes
 from ddpm_dist.index_report import by_reason, next_command, overview
+
+NOBODY_READS = 128 + signal.SIGPIPE  # what a shell says of a program that ends for that
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,9 +78,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@exit_codes
 def main(argv: list[str] | None = None) -> int:
     """Entry point: scan, print what was found, write the index."""
+    code = NOBODY_READS
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+@exit_codes
+def _main(argv: list[str] | None) -> int:
     options = build_parser().parse_args(argv)
     _check_options(options)
     workers = options.workers or len(os.sched_getaffinity(0))
@@ -101,28 +120,40 @@ def main(argv: list[str] | None = None) -> int:
         locations, wanted, classes=classes, workers=min(workers, len(locations)), check=options.check, known=known, progress=True,
         spool_folder=next(each for each in Path(os.path.realpath(out)).parents if each.is_dir()) if out is not None else None,
     )  # fmt: skip
-    _print_findings(result.findings + result.unreadable)
+    _print_findings(result.findings + result.unreadable, locations)
     for line in overview(result) if len(result.samples) else []:
         print(line)
     found = bool(result.findings)
     if result.unreadable:
         raise UserError(f"{len(result.unreadable)} shards cannot be read (see above): nothing was written")
+    left_out = found and not options.quarantine
+    if out is not None and not left_out:  # before the sheet: what took long is not lost with it
+        fingerprint = write(result, out, described)
+        left = f"; {len(result.findings):,} findings are in {out / QUARANTINE}" if found else ""
+        print(f"index: {out}, fingerprint {fingerprint}{left}")
     if options.sheet and len(result.samples):
-        from ddpm_dist.index_sheet import save_sheet
-
-        title = f"{len(result.samples):,} samples of {', '.join(options.shards)}"[:100]
-        save_sheet(result, Path(options.sheet), options.seed, title)
-        print(f"contact sheet: {options.sheet}")
-    if found and not options.quarantine:
+        _sheet(result, options, only_a_note=out is not None)
+    if left_out:
         if out is not None:
             print(f"{out} was not written: mend the shards, or give --quarantine to leave out what was found")
         return FAILED
     if out is not None:
-        fingerprint = write(result, out, described)
-        left = f"; {len(result.findings):,} findings are in {out / QUARANTINE}" if found else ""
-        print(f"index: {out}, fingerprint {fingerprint}{left}")
         print(f"next: {next_command(result, out)}")
     return OK
+
+
+def _sheet(result: Result, options: argparse.Namespace, only_a_note: bool) -> None:
+    """Draw the contact sheet. Raises UserError where it cannot be drawn, unless that is to be only a note."""
+    from ddpm_dist.index_sheet import save_sheet
+
+    names = ", ".join(map(public_name, options.shards))
+    try:
+        missed = save_sheet(result, Path(options.sheet), options.seed, names)
+        print(f"contact sheet: {options.sheet}" + (f" ({missed})" if missed else ""))
+    except UserError as error:
+        if not only_a_note:
+            raise
+        print(f"note: no contact sheet: {error}", flush=True)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -150,9 +181,11 @@ def _described(options: argparse.Namespace, rule: Any, classes: list[str] | None
     }  # fmt: skip
 
 
-def _print_findings(findings: list[Finding]) -> None:
+def _print_findings(findings: list[Finding], locations: Iterable[str]) -> None:
+    """locations: of all shards, which tell which names need a number."""
+    names = shown_names(locations) if findings else {}
     for finding in findings:
-        text = str(finding)
+        text = finding.called(names[finding.shard]) if finding.shard in names else str(finding)
         print(text if text.isprintable() else text.encode("unicode_escape").decode("ascii"))  # a key may hold anything
     if findings:
         print(f"{len(findings):,} findings:")
@@ -165,7 +198,9 @@ def _examine(folder: Path, workers: int, max_pixels: int) -> int:
     for read, found in examine(folder, workers, max_pixels):
         size, shards = size + read, shards + 1
         findings += found
-    _print_findings(findings)
+    if findings:
+        index = Index.load(folder)
+        _print_findings(findings, (index.location(n) for n in range(len(index.shards))))
     print(f"{folder}: {size:,} bytes examined, {len(findings):,} findings")
     return FAILED if findings else OK
 

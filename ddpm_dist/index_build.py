@@ -93,15 +93,13 @@ def scan_shards(
     entries = [texts.add(scanned, spool) for scanned in _scanned(locations, wanted, workers, check, known, progress)]
     read = sum(entry.scanned.found.bytes for entry in entries if not entry.scanned.reused)
     rule, classes = settle(wanted.label, texts.counts(), classes)
-    refused = [number for text, number in texts.ids.items() if not _fits(rule, text)]
-    if refused:  # the keys are not known any more: the shards with these labels are read once more
-        spool.arrange(
-            [(entry.first, entry.count) for entry in entries], np.arange(-1, len(texts.ids), dtype=np.int32)[1:]
-        )
-        again = [n for n, entry in enumerate(entries) if np.isin(spool.segment(n)["label"], refused).any()]
+    again = _otherwise(entries, texts, spool, rule)
+    if again:
         stricter = dataclasses.replace(wanted, label=rule)
-        for number, scanned in zip(again, scan_all([locations[n] for n in again], stricter, workers), strict=True):
+        fresh = scan_all([locations[number] for number in again], stricter, workers)
+        for (number, refused), scanned in zip(again.items(), fresh, strict=True):
             entries[number] = texts.add(scanned, spool)
+            scanned.refused = refused
     kept = [entry for entry in entries if entry.count]
     spool.arrange([(entry.first, entry.count) for entry in kept], _translation(texts, classes))
     unreadable = [
@@ -177,6 +175,25 @@ def settle(rule: LabelRule, counts: dict[str, int], classes: list[str] | None) -
     return dataclasses.replace(rule, meaning=meaning), names
 
 
+def _otherwise(entries: list[Entry], texts: Texts, spool: Spool, rule: LabelRule) -> dict[int, dict[str, int]]:
+    """The shards that have to be read once more, since the keys are not known any more: number -> labels refused there, and how many.
+
+    They have labels that do not fit, or, known from an earlier index, some that did not fit then and do now.
+    """
+    misfits = {number: text for text, number in texts.ids.items() if not _fits(rule, text)}
+    spool.arrange([(entry.first, entry.count) for entry in entries], np.arange(-1, len(texts.ids), dtype=np.int32)[1:])
+    found = {}
+    for number, entry in enumerate(entries):
+        before = entry.scanned.refused
+        if not misfits and not before:
+            continue
+        kept, counts = np.unique(spool.segment(number)["label"], return_counts=True)
+        new = {misfits[k]: n for k, n in zip(kept.tolist(), counts.tolist(), strict=True) if k in misfits}
+        if new or any(_fits(rule, text) for text in before):
+            found[number] = {text: count for text, count in (before | new).items() if not _fits(rule, text)}
+    return found
+
+
 def _fits(rule: LabelRule, text: str) -> bool:
     if rule.classes is not None:
         return True  # compared while scanning
@@ -207,7 +224,7 @@ def write(result: Result, out: Path, options: dict[str, Any]) -> str:
             folder, shards, result.samples, result.classes, result.channels, result.image_format, root
         )
         write_scanned(folder, fingerprint, options, scanned)
-        write_quarantine(folder, result.findings)
+        write_quarantine(folder, result.findings, [each.found.name for each in scanned])
     return fingerprint
 
 

@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 from ddpm_dist.data.labels import MAX_CLASSES, MAX_NAME, LabelRule
+from ddpm_dist.data.remote_source import public_name
 from ddpm_dist.data.shard_source import opened
 from ddpm_dist.data.tar_stream import BrokenTar, Tape, members, split_name
 from ddpm_dist.errors import UserError
@@ -62,7 +63,7 @@ def _first_label(locations: list[str]) -> str:
             hint = ", or --label-key if it is in the .json" if "json" in extensions else ""
             found = ", ".join(f".{each}" for each in sorted(extensions))
             raise UserError(
-                f"{location}: the first sample has no .cls and no .txt for a label (it has {found}): say which file is the label "
+                f"{public_name(location)}: the first sample has no .cls and no .txt for a label (it has {found}): say which file is the label "
                 f"with --label{hint}, or --unlabelled"
             )
     return "cls"  # nothing can be read there, which is found soon enough

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import threading
@@ -18,7 +19,8 @@ class Served:
 
     status: 200 means that the file is sent. cut: bytes after which the connection is cut (None: never). flip: a byte to send wrong
     (None: none). ranges: obey, ignore, other (another range than the one asked for, and named as such), or lie (the right range is named, the
-    bytes are others). length: header | none | chunked.
+    bytes are others). length: header | none | chunked. A status of 0 is an answer that is no HTTP.
+    reason: what is said beside a status that is not 200 (None: the usual words). login: "user:password" without which the answer is 401.
     """
 
     data: bytes
@@ -30,6 +32,9 @@ class Served:
     length: str = "header"
     redirect: str | None = None
     hold: threading.Event | None = None  # the body is not sent before this
+    reason: str | None = None
+    login: str | None = None
+    etag: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -76,43 +81,55 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             turn = {name: self._turn(getattr(served, name)) for name in ("status", "cut", "flip") if served}
         if served is None:
             return self.send_error(404)
+        if served.login is not None and self.headers.get("Authorization") != basic(served.login):
+            return self.send_error(401)
         if served.redirect is not None:
             self.send_response(302)
             self.send_header("Location", served.redirect)
             self.send_header("Content-Length", "0")
             return self.end_headers()
+        if turn["status"] == 0:
+            self.wfile.write(b"nothing that is HTTP\r\n\r\n")
+            return None
         if turn["status"] != 200:
-            return self.send_error(turn["status"])
+            return self.send_error(turn["status"], served.reason)
         self._send(served, turn["cut"], turn["flip"])
+
+    do_HEAD = do_GET
 
     @staticmethod
     def _turn(values: list):
         return values.pop(0) if len(values) > 1 else values[0]
 
     def _send(self, served: Served, cut: int | None, flip: int | None) -> None:
-        begin, size = 0, len(served.data)
+        begin, size, end = 0, len(served.data), None
         asked = self.headers.get("Range")
         if asked and served.ranges != "ignore":
-            begin = 0 if served.ranges == "other" else int(asked.removeprefix("bytes=").removesuffix("-"))
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            begin, end = 0 if served.ranges == "other" else int(first), min(int(last) + 1, size) if last else None
             if begin >= size:
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{size}")
                 self.send_header("Content-Length", "0")
                 return self.end_headers()
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {begin}-{size - 1}/{size}")
+            self.send_header("Content-Range", f"bytes {begin}-{(end or size) - 1}/{size}")
         else:
             self.send_response(200)
         body = bytearray(served.data)
         if flip is not None:
             body[flip] ^= 1
-        body = body[: size - begin] if served.ranges == "lie" else body[begin:]
+        body = body[: size - begin] if served.ranges == "lie" else body[begin:end]
         if served.length == "header":
             self.send_header("Content-Length", str(len(body)))
         elif served.length == "chunked":
             self.protocol_version = "HTTP/1.1"
             self.send_header("Transfer-Encoding", "chunked")
+        if served.etag is not None:
+            self.send_header("ETag", served.etag)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         if served.hold is not None:
             served.hold.wait(30)
         self._body(bytes(body if cut is None else body[:cut]), served, whole=cut is None)
@@ -133,3 +150,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_) -> None:
         pass
+
+
+def basic(login: str) -> str:
+    """The header for "user:password"."""
+    return f"Basic {base64.b64encode(login.encode()).decode('ascii')}"

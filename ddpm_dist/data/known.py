@@ -1,7 +1,8 @@
 """What an index folder remembers of the shards it was made from, so that unchanged ones are not read again; and what was left out.
 
 ``scanned.jsonl``: a line on how shards were read and which index it belongs to, then one line per shard: location, size, time of change or
-entity tag, image formats and channels. ``quarantine.json``: every sample and shard that was left out, and why.
+entity tag, image formats and channels, and the labels that did not go with those of the other shards (with others they may). ``quarantine.json``: every sample and shard that was left out, and why; it is meant to be shown, so
+it calls shards by their public names (of which several may have the same) and by their numbers in the index.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from ddpm_dist.data.index_file import NO_LABEL, durable
+from ddpm_dist.data.remote_source import public_name
 from ddpm_dist.data.scan import Scanned
+from ddpm_dist.data.shard_source import shown_names
 from ddpm_dist.data.shards import Index
 from ddpm_dist.data.tars import Finding, Found
 from ddpm_dist.errors import UserError
 
 SCANNED, QUARANTINE = "scanned.jsonl", "quarantine.json"
-VERSION = 1
+VERSION = 2  # 1: transparent images were no findings, and refused labels were not kept
 
 
 def write_scanned(folder: Path, fingerprint: str, options: dict[str, Any], shards: Iterable[Scanned]) -> None:
@@ -31,16 +34,20 @@ def write_scanned(folder: Path, fingerprint: str, options: dict[str, Any], shard
         file.write(json.dumps(head).encode("ascii") + b"\n")
         for shard in shards:
             found = shard.found
-            row = [found.name, found.bytes, shard.mtime, shard.etag, sorted(found.formats), sorted(found.channels)]
+            row = [found.name, found.bytes, shard.mtime, shard.etag, sorted(found.formats), sorted(found.channels), shard.refused]
             file.write(json.dumps(row).encode("ascii") + b"\n")
 
     durable(folder / SCANNED, lines)
 
 
-def write_quarantine(folder: Path, findings: list[Finding]) -> None:
-    """Nothing is written where there are none."""
+def write_quarantine(folder: Path, findings: list[Finding], shards: list[str]) -> None:
+    """Nothing is written where there are no findings. shards: locations of those of the index, in its order."""
     if findings:
-        rows = [f._asdict() for f in findings]
+        names, numbers = shown_names(shards), {place: number for number, place in enumerate(shards)}
+        rows = [
+            f._asdict() | {"shard": names.get(f.shard) or public_name(f.shard), "number": numbers.get(f.shard)}
+            for f in findings
+        ]
         durable(folder / QUARANTINE, lambda file: file.write((json.dumps(rows, indent=0) + "\n").encode("ascii")))
 
 
@@ -50,7 +57,7 @@ class Known:
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         """options: how shards are read now; what was read otherwise is not used."""
         self._rows: dict[str, tuple[int, list[Any]]] = {}
-        self._findings: dict[str, list[Finding]] = {}
+        self._findings: dict[int, list[Finding]] = {}  # by the shard's number
         try:
             self.index = Index.load(folder)
             with open(folder / SCANNED, encoding="ascii") as file:
@@ -66,8 +73,9 @@ class Known:
             if [row[1] for row in rows] != [shard.bytes for shard in self.index.shards]:
                 return
             for row in json.loads((folder / QUARANTINE).read_text("ascii")) if (folder / QUARANTINE).exists() else []:
-                finding = Finding(**row)
-                self._findings.setdefault(finding.shard, []).append(finding)
+                number = row.pop("number")  # null: nothing of that shard is in the index
+                if number is not None:
+                    self._findings.setdefault(number, []).append(Finding(**row)._replace(shard=rows[number][0]))
             self._rows = {row[0]: (number, row) for number, row in enumerate(rows)}
         except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):
             self._rows = {}  # damaged, or none there: everything is read again
@@ -91,7 +99,7 @@ class Known:
 
     def scanned(self, location: str) -> Scanned:
         """What was found when it was read."""
-        number, (name, size, mtime, etag, formats, channels) = self._rows[location]
+        number, (name, size, mtime, etag, formats, channels, refused) = self._rows[location]
         samples, labels = self._records(location).copy(), []
         if self.index.classes is not None:
             used, codes = np.unique(samples["label"], return_inverse=True)
@@ -100,9 +108,9 @@ class Known:
             samples["label"] = NO_LABEL
         found = Found(
             name, size, self.index.shards[number].sha256, samples, labels, frozenset(formats), frozenset(channels),
-            self._findings.get(name, []),
+            list(self._findings.get(number, [])),
         )  # fmt: skip
-        return Scanned(found, mtime, etag, reused=True)
+        return Scanned(found, mtime, etag, reused=True, refused=refused)
 
     def _records(self, location: str) -> np.ndarray:
         number = self._rows[location][0]

@@ -1,11 +1,10 @@
 """A shard wherever it lies, opened from a given byte on: over http, by a command, through fsspec, or as a file.
 
-Credentials come from where the tools look for them: the environment.
+Credentials come from where the tools look for them: the environment, and for http and https ``.netrc`` (web.py).
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import importlib
@@ -19,11 +18,12 @@ import ssl
 import stat
 import subprocess
 import urllib.error
-import urllib.request
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
+from ddpm_dist.data import web
 from ddpm_dist.data.remote_source import Lasting, Passing, Source, in_words
+from ddpm_dist.errors import UserError
 
 RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 PASSING_CODES = (408, 425, 429)  # and everything from 500 on
@@ -67,28 +67,19 @@ class _Web(Source):
 
 def _http(url: str, begin: int, timeout: float, total: int | None = None) -> Source:
     """total: the size, as far as an earlier answer told."""
-    parts = urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    # Only what may not stand in a URL is quoted; what is quoted already stays as it is.
-    path = quote(parts.path, safe="/%:@!$&'()*+,;=~-._")
-    request = urllib.request.Request(urlunsplit((parts.scheme, host, path, parts.query, "")))
-    request.add_header("User-Agent", "ddpm_dist")
-    request.add_header("Accept-Encoding", "identity")
-    if begin:
-        request.add_header("Range", f"bytes={begin}-")
-    if at:  # not sent on to where the server redirects
-        token = base64.b64encode(unquote(user).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {token}")
     try:
-        response = urllib.request.urlopen(request, timeout=timeout)
+        request = web.request(url, {"Range": f"bytes={begin}-"} if begin else None)
+    except UserError as error:
+        raise Lasting(str(error)) from None
+    try:
+        response = web.send(request, timeout)
     except urllib.error.HTTPError as error:
         error.close()
         headers = error.headers or {}
         if error.code == 416 and begin:
             end = re.fullmatch(r"bytes \*/(\d+)", headers.get("Content-Range", "").strip())
             return _http(url, 0, timeout, int(end[1]) if end else None)
-        # The reason that came with the answer may quote the address.
-        answer = f"the server answers {error.code} ({http.client.responses.get(error.code, 'unknown')})"
+        answer = web.answered(error.code)
         if error.code < 500 and error.code not in PASSING_CODES:
             raise Lasting(answer) from None
         after = headers.get("Retry-After", "")

@@ -34,8 +34,8 @@ class Passing(Exception):
 
 def public_name(url: str) -> str:
     """What messages and logs call a shard: its URL without user, password, query and fragment; of a command its first word."""
-    if url.startswith("pipe:"):
-        words = url[5:].split()
+    if command := re.match(r"\s*pipe:", url, re.IGNORECASE):
+        words = url[command.end() :].split()
         name = f"pipe:{words[0]} ..." if words and re.fullmatch(r"[\w./-]+", words[0]) else "pipe:..."
     elif "://" in url:
         scheme, rest = url.split("://", 1)
@@ -46,6 +46,8 @@ def public_name(url: str) -> str:
             name = f"{scheme}://{host}{slash}{path}"
         else:  # a password with a slash or a question mark in it
             name = f"{scheme}://...{path.rpartition('@')[2] if '@' in path else ''}"
+    elif mistyped := re.match(r"\s*(https?|s3|gs|ftp):|\s*//[^/]*@", url, re.IGNORECASE):  # a slash is missing
+        name = f"{mistyped[1] or ''}:..."
     else:
         name = url
     return "".join(letter if letter.isprintable() else "?" for letter in name)

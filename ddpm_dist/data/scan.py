@@ -9,9 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
+from ddpm_dist.data.remote_source import public_name
 from ddpm_dist.data.shard_source import is_remote, opened, state
 from ddpm_dist.data.tars import Found, Wanted, scan_stream
 from ddpm_dist.data.writer import _start_worker
@@ -23,13 +24,17 @@ ATTEMPTS = 4  # at a remote shard
 
 @dataclass
 class Scanned:
-    """A shard as it was found, what tells whether it is still the same, and why it could not be read (then the rest is void)."""
+    """A shard as it was found, what tells whether it is still the same, and why it could not be read (then the rest is void).
+
+    ``refused``: labels that are findings because of what most labels of all shards are, and how often they occur.
+    """
 
     found: Found
     mtime: int | None = None
     etag: str | None = None
     error: str | None = None
     reused: bool = False
+    refused: dict[str, int] = field(default_factory=dict)
 
 
 def scan_location(location: str, wanted: Wanted) -> Scanned:
@@ -76,7 +81,7 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterat
             yield waiting[0][1].result()
             waiting.popleft()
     except BrokenProcessPool:
-        names = ", ".join(str(item) for item, _ in list(waiting)[: workers + 1])
+        names = ", ".join(public_name(str(item)) for item, _ in list(waiting)[: workers + 1])
         raise UserError(
             f"a process died (killed for lack of memory?) at one of {names}: try again with fewer --workers"
         ) from None

@@ -19,6 +19,7 @@ import numpy as np
 from ddpm_dist.data.image_header import MAX_PIXELS, BadImage, Header, read_header
 from ddpm_dist.data.index_file import NO_LABEL, SAMPLE_DTYPE, Shard, checksum
 from ddpm_dist.data.labels import MISSING, BadLabel, LabelRule
+from ddpm_dist.data.remote_source import public_name
 from ddpm_dist.data.tar_stream import BrokenTar, Member, Tape, members, split_name, ustar_name
 from ddpm_dist.errors import UserError
 
@@ -32,7 +33,10 @@ NO_SAMPLE, NO_IMAGE = -1, -2
 
 
 class Finding(NamedTuple):
-    """Something wrong: where, in two or three words, and in a sentence. ``key`` is empty where it is the shard as a whole."""
+    """Something wrong: where, in two or three words, and in a sentence. ``key`` is empty where it is the shard as a whole.
+
+    ``shard`` is a location, which may hold credentials; as text a finding shows none.
+    """
 
     shard: str
     key: str
@@ -40,7 +44,11 @@ class Finding(NamedTuple):
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.shard}:{self.key}: {self.reason}: {self.detail}"
+        return self.called(public_name(self.shard))
+
+    def called(self, name: str) -> str:
+        """The same text with this name for the shard."""
+        return f"{name}:{self.key}: {self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Used by ``ddpm_dist.sample`` for generated above real rows, for the steps of the
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,20 @@ def _fitted(text: str, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
     while len(text) > 1 and font.getlength(text + "..") > width:
         text = text[:-1]
     return text + "..", font
+
+
+def drawable(text: str) -> str:
+    """The text with \\uXXXX for every character that the font does not have, which would be drawn as a box."""
+    return "".join(letter if _has(letter) else letter.encode("unicode_escape").decode("ascii") for letter in text)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _has(letter: str) -> bool:
+    if letter.isascii():
+        return letter.isprintable()
+    font = ImageFont.load_default(FONT)
+    drawn, box = font.getmask(letter), font.getmask("\U0010ffff")
+    return letter.isprintable() and 0 not in drawn.size and (drawn.size, bytes(drawn)) != (box.size, bytes(box))
 
 
 def below(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
