@@ -216,7 +216,7 @@ def test_disk_full(server, cache, tmp_path):
 
 
 def test_larger_than_the_budget(server, cache):
-    with pytest.raises(UserError, match=r"a\.tar has 0\.003 GB, data\.cache_dir_gb allows 0\.003"):
+    with pytest.raises(UserError, match=r"a\.tar has 3\.0 MB, data\.cache_dir_gb allows 3\.0 MB: raise it"):
         cache.open(*server.add("a.tar", content(0, 10 * SIZE + 1)))
     assert server.requests == []
 

@@ -160,7 +160,7 @@ class ShardCache:
         refuse_command(url, self._allow_pipe)
         if size > self._folder.budget:
             raise UserError(
-                f"shard {shard.name} has {size / 1e9:.3f} GB, data.cache_dir_gb allows {self._folder.budget / 1e9:.3f}: raise it, to "
+                f"shard {shard.name} has {readable(size)}, data.cache_dir_gb allows {readable(self._folder.budget)}: raise it, to "
                 "several shards at least"
             )
         return shard
@@ -326,3 +326,10 @@ class ShardCache:
         if keep:
             self._folder.keep(handle)  # where it is removed at this very moment the descriptor is still good
         return handle
+
+
+def readable(size: int) -> str:
+    """Bytes in a unit in which they are not 0: "1.500 GB", "2.5 MB", "900 bytes"."""
+    if size >= 1_000_000_000:
+        return f"{size / 1e9:,.3f} GB"
+    return f"{size / 1e6:,.1f} MB" if size >= 1_000_000 else f"{size:,} bytes"
