@@ -5,7 +5,9 @@ Used by ``ddpm_dist.sample`` for generated above real rows, for the steps of the
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,7 @@ def captioned(
     for labels, count, what in ((row_labels, rows, "row"), (column_labels, columns, "column")):
         if labels is not None and len(labels) != count:
             raise ValueError(f"{len(labels)} {what} labels for {count} {what}s")
-    font = ImageFont.load_default(FONT)
+    font = _font(FONT, "".join([heading or "", *(row_labels or [])]))
     left = round(max(font.getlength(text) for text in row_labels)) + 2 * MARGIN if row_labels else 0
     line = FONT + MARGIN
     top = line * ((heading is not None) + (column_labels is not None))
@@ -69,7 +71,7 @@ def captioned(
 def _fitted(text: str, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """The text and a font with which it is at most ``width`` pixels wide."""
     for size in range(FONT, SMALLEST - 1, -1):
-        font = ImageFont.load_default(size)
+        font = _font(size, text)
         if font.getlength(text) <= width:
             return text, font
     while len(text) > 1 and font.getlength(text + "..") > width:
@@ -78,17 +80,31 @@ def _fitted(text: str, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
 
 
 def drawable(text: str) -> str:
-    """The text with \\uXXXX for every character that the font does not have, which would be drawn as a box."""
+    """The text with \\xXX, \\uXXXX or \\UXXXXXXXX for every character that no font here has: it would be drawn as a box, or not at all."""
     return "".join(letter if _has(letter) else letter.encode("unicode_escape").decode("ascii") for letter in text)
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _has(letter: str) -> bool:
-    if letter.isascii():
+    if letter.isascii() or not letter.isprintable():
         return letter.isprintable()
-    font = ImageFont.load_default(FONT)
+    font = _font(FONT, letter)
     drawn, box = font.getmask(letter), font.getmask("\U0010ffff")
-    return letter.isprintable() and 0 not in drawn.size and (drawn.size, bytes(drawn)) != (box.size, bytes(box))
+    return 0 not in drawn.size and (drawn.size, bytes(drawn)) != (box.size, bytes(box))
+
+
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which has little beside ASCII; for what is more that of matplotlib: Latin, Greek, Cyrillic, Arabic."""
+    return ImageFont.load_default(size) if text.isascii() else _wider(size)
+
+
+@functools.lru_cache(maxsize=16)
+def _wider(size: int) -> ImageFont.FreeTypeFont:
+    found = importlib.util.find_spec("matplotlib")  # which need not be imported for that
+    for folder in (found and found.submodule_search_locations) or []:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(str(Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+    return ImageFont.load_default(size)
 
 
 def below(pictures: list[Image.Image], gap: int = 8) -> Image.Image:
