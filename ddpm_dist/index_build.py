@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_dist.data.full_decode import decode
+from ddpm_dist.data.full_decode import DAMAGED, TRUNCATED, decode
 from ddpm_dist.data.index_file import NO_LABEL, Shard
 from ddpm_dist.data.known import QUARANTINE, SCANNED, Known, write_quarantine, write_scanned
 from ddpm_dist.data.labels import MAX_CLASSES, LabelRule
 from ddpm_dist.data.large_index import TABLES, safe_name, write_large_index
+from ddpm_dist.data.queries import QUERIES, parted, write_queries
 from ddpm_dist.data.replace import folder_replaced
 from ddpm_dist.data.scan import Scanned, scan_all
 from ddpm_dist.data.shard_source import is_remote, state
@@ -26,7 +27,7 @@ from ddpm_dist.data.spool import Entry, Spool, Texts
 from ddpm_dist.data.tars import Finding, Wanted
 from ddpm_dist.errors import UserError
 
-OURS = frozenset({"index.json", "index.npy", *TABLES, SCANNED, QUARANTINE})
+OURS = frozenset({"index.json", "index.npy", *TABLES, SCANNED, QUARANTINE, QUERIES})
 MAX_NAMES = 1 << 16  # so many different class names are captions
 
 
@@ -95,7 +96,11 @@ def scan_shards(
     rule, classes = settle(wanted.label, texts.counts(), classes)
     again = _otherwise(entries, texts, spool, rule)
     if again:
+        known_bad = [f for n in again if entries[n].scanned.reused for f in entries[n].scanned.found.findings]
         stricter = dataclasses.replace(wanted, label=rule)
+        # What an earlier --check has found stays found.
+        if any(finding.reason in (DAMAGED, TRUNCATED) for finding in known_bad):
+            stricter = dataclasses.replace(stricter, decode=decode)
         fresh = scan_all([locations[number] for number in again], stricter, workers)
         for (number, refused), scanned in zip(again.items(), fresh, strict=True):
             entries[number] = texts.add(scanned, spool)
@@ -190,7 +195,7 @@ def _otherwise(entries: list[Entry], texts: Texts, spool: Spool, rule: LabelRule
         kept, counts = np.unique(spool.segment(number)["label"], return_counts=True)
         new = {misfits[k]: n for k, n in zip(kept.tolist(), counts.tolist(), strict=True) if k in misfits}
         if new or any(_fits(rule, text) for text in before):
-            found[number] = {text: count for text, count in (before | new).items() if not _fits(rule, text)}
+            found[number] = {text: count for text, count in sorted((before | new).items()) if not _fits(rule, text)}
     return found
 
 
@@ -214,7 +219,8 @@ def write(result: Result, out: Path, options: dict[str, Any]) -> str:
     if not len(result.samples):
         raise UserError("no sample is left to be indexed")
     scanned = [entry.scanned for entry in result.shards]
-    root, names = common_root([each.found.name for each in scanned])
+    places, queries = parted([each.found.name for each in scanned])
+    root, names = common_root(places)
     shards = (
         Shard(name, entry.count, entry.scanned.found.bytes, entry.scanned.found.sha256)
         for name, entry in zip(names, result.shards, strict=True)
@@ -223,7 +229,8 @@ def write(result: Result, out: Path, options: dict[str, Any]) -> str:
         fingerprint = write_large_index(
             folder, shards, result.samples, result.classes, result.channels, result.image_format, root
         )
-        write_scanned(folder, fingerprint, options, scanned)
+        write_scanned(folder, fingerprint, options, scanned, places)
+        write_queries(folder, queries)
         write_quarantine(folder, result.findings, [each.found.name for each in scanned])
     return fingerprint
 

@@ -106,9 +106,14 @@ class Texts:
             )
         rows = rows.copy()
         rows["label"] = numbers[rows["label"]]
+        for text in scanned.refused:  # no sample has them, but they count where it is asked what most labels are
+            self.ids.setdefault(text, len(self.ids))
         self._counts = np.pad(self._counts, (0, len(self.ids) - len(self._counts)))
         self._counts += np.bincount(rows["label"] + 1, minlength=len(self.ids) + 1)[1:]
+        self._counts[[self.ids[text] for text in scanned.refused]] += np.array(list(scanned.refused.values()), np.int64)
         return Entry(scanned, spool.add(rows), len(rows))
 
     def counts(self) -> dict[str, int]:
-        return dict(zip(self.ids, self._counts.tolist(), strict=True))
+        """Of those that occur; a label may be known from samples that have other findings only."""
+        counts = zip(self.ids, self._counts.tolist(), strict=True)
+        return {text: count for text, count in counts if count}
