@@ -19,6 +19,7 @@ from ddpm_dist.data.index_file import NO_LABEL, Shard
 from ddpm_dist.data.known import QUARANTINE, SCANNED, Known, write_quarantine, write_scanned
 from ddpm_dist.data.labels import MAX_CLASSES, LabelRule
 from ddpm_dist.data.large_index import TABLES, safe_name, write_large_index
+from ddpm_dist.data.queries import QUERIES, parted, write_queries
 from ddpm_dist.data.replace import folder_replaced
 from ddpm_dist.data.scan import Scanned, scan_all
 from ddpm_dist.data.shard_source import is_remote, state
@@ -26,7 +27,7 @@ from ddpm_dist.data.spool import Entry, Spool, Texts
 from ddpm_dist.data.tars import Finding, Wanted
 from ddpm_dist.errors import UserError
 
-OURS = frozenset({"index.json", "index.npy", *TABLES, SCANNED, QUARANTINE})
+OURS = frozenset({"index.json", "index.npy", *TABLES, SCANNED, QUARANTINE, QUERIES})
 MAX_NAMES = 1 << 16  # so many different class names are captions
 
 
@@ -218,7 +219,8 @@ def write(result: Result, out: Path, options: dict[str, Any]) -> str:
     if not len(result.samples):
         raise UserError("no sample is left to be indexed")
     scanned = [entry.scanned for entry in result.shards]
-    root, names = common_root([each.found.name for each in scanned])
+    places, queries = parted([each.found.name for each in scanned])
+    root, names = common_root(places)
     shards = (
         Shard(name, entry.count, entry.scanned.found.bytes, entry.scanned.found.sha256)
         for name, entry in zip(names, result.shards, strict=True)
@@ -227,7 +229,8 @@ def write(result: Result, out: Path, options: dict[str, Any]) -> str:
         fingerprint = write_large_index(
             folder, shards, result.samples, result.classes, result.channels, result.image_format, root
         )
-        write_scanned(folder, fingerprint, options, scanned)
+        write_scanned(folder, fingerprint, options, scanned, places)
+        write_queries(folder, queries)
         write_quarantine(folder, result.findings, [each.found.name for each in scanned])
     return fingerprint
 

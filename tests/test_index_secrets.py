@@ -12,6 +12,7 @@ from ddpm_dist import index_sheet
 from ddpm_dist.data.remote import open_source
 from ddpm_dist.data.remote_source import Lasting
 from ddpm_dist.data.shards import Index
+from ddpm_dist.errors import UserError
 from ddpm_dist.tracking.captions import captioned
 
 SECRET = "s3cr3t"
@@ -85,6 +86,33 @@ def test_shards_that_only_their_query_tells_apart_have_a_number(server, tars, tm
     ]
     rows = json.loads((tmp_path / "i" / "quarantine.json").read_text())
     assert [row["number"] for row in rows] == [0, 1]
+    assert [Index.load(tmp_path / "i").location(n) for n in range(2)] == urls
+
+
+def test_a_renewed_signature_is_not_another_data_set(server, tars, tmp_path, capsys):
+    for name in ("a.tar", "b.tar"):
+        server.add(name, tars["ab".index(name[0])], etag=f'"{name}"')
+    out, plain = tmp_path / "i", [f"http://{server.host}/{name}" for name in ("a.tar", "b.tar")]
+    made = {}
+    for sign in ("", "?sig=1", "?sig=2/3", "#4"):
+        server.requests.clear()
+        code, lines, _ = index(
+            capsys, *(f"{url}{sign}" for url in plain), "--out", out, "--label", "cls", "--quarantine"
+        )
+        assert code == 0 and findings(lines) == {("b", "s5"): "not an image"}
+        assert any(f"({2 if made else 0} unchanged" in line for line in lines)
+        found = Index.load(out)
+        assert [found.location(n) for n in range(2)] == [f"{url}{sign}" for url in plain]
+        made[found.fingerprint] = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "queries.txt"}
+        assert (out / "queries.txt").read_text() == f"{sign}\n" if sign else not (out / "queries.txt").exists()
+    assert len(made) == 1 and index(capsys, "--check", out)[0] == 0
+    signed = [f"{url}?{n}" for n, url in enumerate(plain)]  # one of each
+    assert index(capsys, *signed, "--out", out, "--label", "cls", "--quarantine")[0] == 0
+    assert [Index.load(out).location(n) for n in range(2)] == signed and Index.load(out).fingerprint in made
+    for text in ("?a\n?b\n?c\n", "?a b\n", "@elsewhere/\n", "?a\x1b\n", ""):
+        (out / "queries.txt").write_text(text)
+        with pytest.raises(UserError, match="queries.txt"):
+            Index.load(out)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,28 @@ def test_a_reader_waits_for_nothing_but_its_own_shard(server, tmp_path):
         never.set()
 
 
+def test_what_nothing_can_begin_without_comes_alone(server, tmp_path):
+    """At a start: the line is not shared with what is needed later. Shards that are here, or cannot be had, hold nobody up."""
+    gates = [threading.Event() for _ in range(5)]
+    shards = [server.add(f"{number}.tar", content(number), hold=gates[number]) for number in range(5)]
+    with ShardCache(tmp_path, 10 * SIZE) as cache:
+        cache.want(shards, urgent=[shards[1][2], shards[0][2], "f" * 64])
+        wait_until(lambda: sorted(asked(server)) == [0, 1])
+        gates[0].set()
+        wait_until(lambda: here(tmp_path, shards) == [0])
+        cache.want(shards, urgent=[shards[4][2]])  # only the first call counts
+        time.sleep(0.3)
+        assert sorted(asked(server)) == [0, 1]
+        gates[1].set()
+        wait_until(lambda: sorted(asked(server)) == [0, 1, 2, 3, 4])
+        for gate in gates:
+            gate.set()
+    with ShardCache(tmp_path, 10 * SIZE) as cache:
+        more = [server.add("gone.tar", content(7), status=[404]), server.add("8.tar", content(8))]
+        cache.want([shards[0], *more], urgent=[shards[0][2], more[0][2]])
+        wait_until(lambda: here(tmp_path, [more[1]]) == [0])
+
+
 def test_the_first_batch_comes_before_the_third_shard(server, tmp_path):
     last = threading.Event()
     shards = [server.add(f"{number}.tar", content(number), hold=last if number >= 2 else None) for number in range(4)]

@@ -114,7 +114,7 @@ def test_a_copy_that_was_damaged_on_this_node_is_fetched_again(tmp_path, remote,
     asked = len(server.requests)
     assert asked == 6
     damage()
-    assert epoch() == whole and len(server.requests) == asked + 6
+    assert epoch() == whole and len(server.requests) == asked + 6, server.requests
     assert epoch(damage) == whole and asked + 6 < len(server.requests) <= asked + 12
     assert all(replaced == 0 for _, _, replaced in whole)
 
@@ -163,18 +163,23 @@ def test_the_first_batch_comes_before_the_third_shard(tmp_path, remote, server):
     )
     index, plan = open_index(settings, ""), plan_batches(8, None, 1)
     order = [Path(index.location(int(n))).name for n in index.shard_of(_first_ids(index, settings, plan))]
-    held = threading.Event()
+    first, held = threading.Event(), threading.Event()
     for name, served in server.files.items():
         if Path(name).name not in order[:16]:  # all but the first two shards
             served.hold = held
+        elif Path(name).name == order[0]:
+            served.hold = first
     rank = Runtime(0, 1, 0, torch.device("cpu"), None)
     loader = Loader(shard_batches(index, settings, plan, rank, 3, range(6), "cpu"), torch.device("cpu"))
     try:
+        time.sleep(1)
+        assert [Path(path).name for path, _ in server.requests] == order[:1]  # it has the line for itself
+        first.set()
         assert loader.next().pixels.shape == (8, 3, 16, 16)
         held.set()
         assert sorted(np.concatenate([loader.next().ids for _ in range(5)]).tolist())[-1] < 48
     finally:
-        held.set()
+        first.set(), held.set()
         index.close()
         loader.close()
 

@@ -75,13 +75,13 @@ class MixedIndex:
         number = int(np.searchsorted(self._ends, sample_id, side="right"))
         return self.parts[number].describe(int(sample_id - (self._ends[number - 1] if number else 0)))
 
-    def want(self, numbers: np.ndarray) -> None:
+    def want(self, numbers: np.ndarray, urgent: np.ndarray | Sequence[int] = ()) -> None:
         """As :meth:`Index.want`; shards are numbered one set after the other."""
-        begin = 0
+        begin, urgent = 0, np.asarray(urgent, dtype=np.int64)
         for part in self.parts:
-            own = numbers[(numbers >= begin) & (numbers < begin + len(part.shards))] - begin
-            part.want(own)
-            begin += len(part.shards)
+            end = begin + len(part.shards)
+            part.want(*(some[(some >= begin) & (some < end)] - begin for some in (numbers, urgent)))
+            begin = end
 
     def shard_of(self, ids: np.ndarray) -> np.ndarray:
         """As :meth:`Index.shard_of`; shards are numbered one set after the other."""

@@ -195,7 +195,9 @@ def shard_batches(
         everything = np.concatenate([plan.slots(runtime.rank, micro) for micro in range(plan.accumulation)])
         for step in steps:
             if fetched:
-                index.want(shards_ahead(order, index, step, everything, plan.global_batch))
+                first = order.locate(step * plan.global_batch + everything[: plan.micro_batch])[1]
+                ahead = shards_ahead(order, index, step, everything, plan.global_batch)
+                index.want(ahead, np.unique(index.shard_of(first)) if step == steps.start else ())
             for slots in (plan.slots(runtime.rank, micro) for micro in range(plan.accumulation)):
                 yield step, slots, *order.locate(step * plan.global_batch + slots)
 

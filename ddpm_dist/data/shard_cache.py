@@ -65,6 +65,9 @@ class ShardCache:
         self._closed = False
         self._threads: list[threading.Thread] = []
         self._wanted: dict[str, Wanted] = {}
+        self._urgent: set[str] | None = (
+            None  # before the first ``want``; until these are here nothing else is fetched ahead
+        )
         self._kept: dict[str, int] = {}  # wanted and here: descriptors with a shared lock
         self._coming: dict[str, _Coming] = {}
         self._failed: set[str] = set()  # not fetched ahead again; a reader tries once more and gets the reason
@@ -85,6 +88,7 @@ class ShardCache:
         if handle is not None:
             with self._change:
                 self.hits += 1
+                self._has_come(sha256)
             return handle
         began = time.monotonic()
         try:
@@ -93,12 +97,16 @@ class ShardCache:
             with self._change:
                 self.misses += 1
                 self.seconds_waited += time.monotonic() - began
+                self._has_come(sha256)
                 self._room_may_be_free()
 
-    def want(self, wanted: Iterable[tuple[str, int, str]]) -> None:
+    def want(self, wanted: Iterable[tuple[str, int, str]], urgent: Iterable[str] = ()) -> None:
         """What will be opened next, soonest first: (url, size, sha256) each. Returns at once.
 
         Takes the place of what was wanted before; what has begun to come still comes. Whatever goes wrong is told by ``open``.
+
+        urgent: sha256 of those without which nothing can begin. At the first call only they are fetched until they are here: on a line that
+        all downloads share, everything else would make the first batch wait for the last of them.
         """
         shards = {}
         for url, size, sha256 in itertools.islice(wanted, AHEAD):
@@ -114,6 +122,8 @@ class ShardCache:
                     self._let_go(sha256)
                     self._kept[sha256] = handle
             self._wanted = {} if self._closed else shards
+            self._urgent = set(urgent) if self._urgent is None else self._urgent
+            self._urgent &= shards.keys() - self._kept.keys()
             for sha256 in [sha256 for sha256 in self._kept if sha256 not in self._wanted]:
                 self._let_go(sha256)
             if self._closed:
@@ -184,6 +194,12 @@ class ShardCache:
         if handle is not None:
             os.close(handle)
 
+    def _has_come(self, sha256: str) -> None:
+        """Nothing has to wait for this shard any more, or it cannot be had. Called with the lock."""
+        if self._urgent and sha256 in self._urgent:
+            self._urgent.remove(sha256)
+            self._change.notify_all()
+
     def _room_may_be_free(self) -> None:
         """Wake the threads if they have something to fetch. Called with the lock."""
         self._full_until = 0.0
@@ -245,6 +261,8 @@ class ShardCache:
                 coming.done = True
                 if coming.error is not None:
                     self._failed.add(shard.sha256)
+                if coming.error is not None or handle is not None:
+                    self._has_come(shard.sha256)
                 if handle is not None:
                     if coming.waiters and not self._closed:
                         self._folder.unkeep(handle)
@@ -263,6 +281,7 @@ class ShardCache:
                 now = time.monotonic()
                 left = [sha256 for sha256 in self._wanted if sha256 not in self._kept and sha256 not in self._failed]
                 left = [sha256 for sha256 in left if sha256 not in self._coming]
+                left = [sha256 for sha256 in left if not self._urgent or sha256 in self._urgent]
                 if now >= self._full_until:
                     for sha256 in left:
                         if now >= self._look_again.get(sha256, 0.0):

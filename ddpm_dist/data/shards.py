@@ -39,6 +39,7 @@ from ddpm_dist.data.index_file import (
     write_index,
 )
 from ddpm_dist.data.large_index import LargeTable
+from ddpm_dist.data.queries import read_queries
 from ddpm_dist.data.remote_source import public_name
 from ddpm_dist.data.sample_key import key_at
 from ddpm_dist.data.shard_cache import ShardCache
@@ -88,6 +89,7 @@ class Index:
         self.fingerprint: str = head["fingerprint"]
         self.ranges: dict[str, list[int]] = head["ranges"]
         self._table, self._ends = table, ends
+        self._queries: list[str] = []
         self.cache: ShardCache | None = None  # where shards are fetched to; None: they are files of this machine
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
@@ -130,7 +132,9 @@ class Index:
             table = LargeTable(folder, head, shards)
             if len(table.records) <= CHECKED_AT_ONCE:
                 table.all()
-            return cls(folder, head, shards, shards.ends, table)
+            index = cls(folder, head, shards, shards.ends, table)
+            index._queries = read_queries(folder, len(shards))
+            return index
         check_head(folder / "index.json", head)
         samples = read_table(folder, head)
         check_table(folder, head, samples)
@@ -142,7 +146,8 @@ class Index:
         name = self.shards[number].name
         if self.root is None:
             return str(self.folder / name)
-        return name if self.root == "" else f"{self.root.rstrip('/')}/{name}"
+        query = self._queries[number if len(self._queries) > 1 else 0] if self._queries else ""
+        return (name if self.root == "" else f"{self.root.rstrip('/')}/{name}") + query
 
     def is_remote(self) -> bool:
         """Whether a shard lies elsewhere than in the file system of this machine."""
@@ -156,11 +161,15 @@ class Index:
         table = getattr(self.shards, "bytes", None)
         return np.array([shard.bytes for shard in self.shards]) if table is None else table
 
-    def want(self, numbers: np.ndarray) -> None:
-        """With a cache: the shards (numbers, soonest first) that will be read next. Returns at once."""
+    def want(self, numbers: np.ndarray, urgent: np.ndarray | Sequence[int] = ()) -> None:
+        """With a cache: the shards (numbers, soonest first) that will be read next. Returns at once.
+
+        urgent: numbers of those that the first batch needs, see ``ShardCache.want``.
+        """
         if self.cache is not None:
             coming = (number for number in numbers.tolist() if number not in self._files)
-            self.cache.want((self.location(n), self.shards[n].bytes, self.shards[n].sha256) for n in coming)
+            wanted = ((self.location(n), self.shards[n].bytes, self.shards[n].sha256) for n in coming)
+            self.cache.want(wanted, [self.shards[int(n)].sha256 for n in urgent])
 
     def close(self) -> None:
         """End the fetching of shards; whoever waits for one gets a RuntimeError."""
