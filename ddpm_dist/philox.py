@@ -8,7 +8,8 @@ Two counter-based generators, no state anywhere:
 
 Normal numbers come from the Box-Muller transform. Its logarithm, sine and cosine are short polynomials made of additions,
 multiplications, divisions and square roots only: IEEE 754 rounds those in one way, while library functions differ between
-vector and scalar code paths, so an element would depend on where in a tensor it stands.
+vector and scalar code paths, so an element would depend on where in a tensor it stands. For the same reason the square root is taken in
+float64: the library that computes float32 ones on a CPU is off by one unit in every sixth number on processors of some makers.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def normal(seed: int, stream: int, step: int | Tensor, slots: Tensor, shape: tup
 
 
 def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    radius = torch.sqrt(-2.0 * _log(u.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=0.0))
+    radius = _sqrt(-2.0 * _log(u.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=0.0))
     # The two top bits choose the quadrant, the others an angle in [-pi/4, pi/4).
     quadrant = v >> 30
     angle = ((v & 0x3FFFFFFF) - 0x20000000).to(torch.float32) * (math.pi / 2 * 2.0**-30)
@@ -104,6 +105,11 @@ def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     x = torch.where((quadrant == 1) | (quadrant == 2), -x, x)
     y = torch.where(quadrant >= 2, -y, y)
     return radius * x, radius * y
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Square root of float32 numbers, rounded as IEEE 754 wants it whatever computes it: an error in float64 is too small to be seen."""
+    return torch.sqrt(x.to(torch.float64)).to(torch.float32)
 
 
 def _log(u: Tensor) -> Tensor:

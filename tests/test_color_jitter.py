@@ -120,9 +120,11 @@ def test_grey_images(digit_shards):
 
 def test_the_decoder_follows_the_size_of_the_images():
     class Large:
+        image_format = "jpg"
         ranges = {"height": [200, 300], "width": [100, 200]}
 
     class Small:
+        image_format = "jpg"
         ranges = {"height": [64, 64], "width": [64, 255]}
 
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")

@@ -87,3 +87,36 @@ def test_bytes_are_uniform():
     x = philox.uint8(0, philox.SYNTHETIC_PIXELS, 0, torch.arange(50), (3, 32, 32))
     assert x.dtype == torch.uint8 and x.shape == (50, 3, 32, 32)
     assert stats.chisquare(np.bincount(x.flatten().numpy(), minlength=256)).pvalue > 0.01
+
+
+def test_normals_are_ieee_754_to_the_last_bit():
+    """The same formula in numpy, whose float32 operations are those of the processor: so every machine draws the same noise."""
+    f = np.float32
+
+    def log(u):
+        bits = u.view(np.int32)
+        mantissa = ((bits & 0x7FFFFF) | 0x3F800000).view(f)
+        upper = mantissa > f(math.sqrt(2))
+        mantissa = np.where(upper, mantissa * f(0.5), mantissa)
+        exponent = ((bits >> 23) - 127 + upper).astype(f)
+        t = (mantissa - f(1)) / (mantissa + f(1))
+        q = t * t
+        series = f(1) + q * (f(1 / 3) + q * (f(1 / 5) + q * (f(1 / 7) + q * f(1 / 9))))
+        return exponent * f(math.log(2)) + f(2) * t * series
+
+    def box_muller(u, v):
+        radius = np.sqrt(np.maximum(f(-2) * log(u.astype(f) * f(2**-32) + f(2**-33)), f(0)))
+        angle = ((v & 0x3FFFFFFF) - 0x20000000).astype(f) * f(math.pi / 2 * 2**-30)
+        q = angle * angle
+        sin = angle * (f(1) + q * (f(-1 / 6) + q * (f(1 / 120) + q * (f(-1 / 5040) + q * f(1 / 362880)))))
+        cos = f(1) + q * (f(-1 / 2) + q * (f(1 / 24) + q * (f(-1 / 720) + q * (f(1 / 40320) + q * f(-1 / 3628800)))))
+        quadrant = v >> 30
+        x, y = np.where(quadrant & 1, sin, cos), np.where(quadrant & 1, cos, sin)
+        x = np.where((quadrant == 1) | (quadrant == 2), -x, x)
+        return radius * x, radius * np.where(quadrant >= 2, -y, y)
+
+    slots = torch.arange(40)
+    words = [part.numpy() for part in philox._blocks(11, philox.SAMPLE_NOISE, 5, slots, 250)]
+    expected = np.stack([*box_muller(*words[:2]), *box_muller(*words[2:])], axis=-1).reshape(40, 1000)
+    found = philox.normal(11, philox.SAMPLE_NOISE, 5, slots, (1000,)).numpy()
+    assert np.array_equal(found.view(np.int32), expected.view(np.int32))
