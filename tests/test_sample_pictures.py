@@ -220,6 +220,8 @@ def test_the_steps_show_x_and_the_prediction_side_by_side(weights, steps, tmp_pa
     for k in range(5):
         for column in range(8):
             top = 21 + 2 + k * GAP
-            assert np.array_equal(image_at(picture, margin + 2 + column * GAP, top), seen[k][column, 0])
-            assert np.array_equal(image_at(picture, margin + wide + 18 + column * GAP, top), x0[k][column, 0])
+            for left, expected in ((margin + 2, seen), (margin + wide + 18, x0)):
+                shown = image_at(picture, left + column * GAP, top).astype(int)
+                # Four images at a time instead of ten: sums are rounded otherwise, which may be another grey.
+                assert np.abs(shown - expected[k][column, 0]).max() <= 1
     assert visited == [7, 5, 4, 2, 0]
