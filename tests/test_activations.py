@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 
 import pytest
 import torch
@@ -16,14 +15,6 @@ from benchmarks.kernels_step import Workload, settings
 
 CPU = torch.device("cpu")
 TINY = ["data.image_size=8", "model.width=4", "train.precision=fp32"]
-
-
-@pytest.fixture(autouse=True)
-def memory_limit():
-    """Takes back the limit that the benchmark sets for its process."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.parametrize("batch", [5, 9])
