@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,14 @@ def train(
 def lines(path: Path) -> list[dict]:
     """The records of a JSON lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def memory_limit():
+    """Takes back the limit of address space that a benchmark sets for its process: the next tests run in the same one."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 
 import pytest
 import torch
@@ -25,11 +24,8 @@ TINY = ["data.image_size=8", "model.width=4", "train.precision=fp32"]
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Repeats of one run; takes back the limit that the benchmark sets for its process."""
+    """Repeats of one run."""
     monkeypatch.setattr(kernels_replay, "TURN_SECONDS", 0.0)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def recorded(*overrides: str, batch: int = 2) -> tuple[Workload, Recorder]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import resource
 import statistics
 
 import numpy as np
@@ -23,14 +22,6 @@ from ddpm_dist.models import blocks
 CPU = torch.device("cpu")
 TINY = ["--batch", "2", "data.image_size=8", "model.width=4", "train.precision=fp32"]
 SHORT = ["--turns", "5", "--steps", "1", "--check-steps", "2"]
-
-
-@pytest.fixture(autouse=True)
-def memory_limit():
-    """Takes back the limit that the benchmark sets for its process."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def tiny(*words: str) -> Setting:
