@@ -162,7 +162,7 @@ def settle(rule: LabelRule, counts: dict[str, int], classes: list[str] | None) -
         return rule, None
     if classes is not None:
         return rule, classes
-    numbers = {text: count for text, count in counts.items() if text.isdigit()}
+    numbers = {text: count for text, count in counts.items() if is_number(text)}
     meaning = rule.meaning
     if meaning == "either":
         meaning = "number" if 2 * sum(numbers.values()) >= sum(counts.values()) else "name"
@@ -199,10 +199,15 @@ def _otherwise(entries: list[Entry], texts: Texts, spool: Spool, rule: LabelRule
     return found
 
 
+def is_number(text: str) -> bool:
+    """Whether a label is a number in ASCII digits; other scripts' digits are letters of a name."""
+    return text.isascii() and text.isdigit()
+
+
 def _fits(rule: LabelRule, text: str) -> bool:
     if rule.classes is not None:
         return True  # compared while scanning
-    return text.isdigit() and int(text) < rule.limit if rule.meaning == "number" else not text.isdigit()
+    return is_number(text) and int(text) < rule.limit if rule.meaning == "number" else not is_number(text)
 
 
 def _translation(texts: Texts, classes: list[str] | None) -> np.ndarray | None:
@@ -210,7 +215,7 @@ def _translation(texts: Texts, classes: list[str] | None) -> np.ndarray | None:
     if classes is None:
         return None
     numbers = {text: number for number, text in enumerate(classes)}
-    found = [numbers[text] if text in numbers else int(text) if text.isdigit() else NO_LABEL for text in texts.ids]
+    found = [numbers[text] if text in numbers else int(text) if is_number(text) else NO_LABEL for text in texts.ids]
     return np.array([*found, NO_LABEL], dtype=np.int32)
 
 

@@ -81,3 +81,16 @@ def test_what_a_check_found_stays_found_when_a_shard_is_read_again_for_its_label
     assert findings(build(tmp_path / "i", a, b)[1]) == {
         ("a", "k1"): "truncated image", **{("a", f"k{n}"): "bad label" for n in (2, 3, 4)}
     }  # fmt: skip
+
+
+def test_digits_of_other_scripts_are_letters_of_a_name(tmp_path, capsys):
+    """Arabic three, superscript two: Python calls both digits."""
+    for name, labels in (("a", ["ant", "bee", "cat", "dog", "elk", "\u0663"]), ("b", ["ant", "bee", "\u00b2"])):
+        files = []
+        for number, label in enumerate(labels):
+            files += [(f"{number}.jpg", encoded(number)), (f"{number}.txt", label.encode())]
+        write_tar(tmp_path / f"{name}.tar", files)
+        code, _, _ = index(capsys, tmp_path / f"{name}.tar", "--label", "txt", "--out", tmp_path / name)
+        found = Index.load(tmp_path / name)
+        assert code == 0 and found.classes == sorted(labels)
+        assert [found.classes[label] for label in found.samples["label"]] == labels

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddpm_dist.config import Data
-from ddpm_dist.data import reading
+from ddpm_dist.data import reading, shards
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import _ahead, shard_batches
 from ddpm_dist.data.reading import CALM, READERS, SLOW, Reader
@@ -128,6 +128,17 @@ def test_a_run_sees_the_same_whether_storage_is_slow_or_not(index, storage):
     storage.delay = 2 * SLOW
     assert run() == quick and len(quick) == 12
     assert any(name.startswith("reader") for name in storage.names)
+
+
+def test_a_file_is_not_closed_while_another_thread_reads_it(tmp_path, monkeypatch):
+    pack("shapes", tmp_path / "many", size=16, num=64, samples_per_shard=1, workers=1)
+    index, order = Index.load(tmp_path / "many"), np.random.default_rng(0)
+    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 1)
+    with Reader(index, True) as read:
+        for _ in range(60):
+            read.slow = True
+            ids = order.permutation(64)
+            assert len(read(ids)) == 64  # raises where a file was closed, or another one has its descriptor
 
 
 def test_ahead_takes_one_item_more_than_it_has_given():

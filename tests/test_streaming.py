@@ -20,6 +20,7 @@ from ddpm_dist.config import Data
 from ddpm_dist.data.large_index import write_large_index
 from ddpm_dist.data.order import plan_batches
 from ddpm_dist.data.pipeline import Loader, open_index, shard_batches
+from ddpm_dist.data.reading import Reader
 from ddpm_dist.data.shards import Index
 from ddpm_dist.errors import UserError
 from ddpm_dist.pack import pack
@@ -117,6 +118,22 @@ def test_a_copy_that_was_damaged_on_this_node_is_fetched_again(tmp_path, remote,
     assert epoch() == whole and len(server.requests) == asked + 6, server.requests
     assert epoch(damage) == whole and asked + 6 < len(server.requests) <= asked + 12
     assert all(replaced == 0 for _, _, replaced in whole)
+
+
+def test_several_readers_find_the_same_damage(tmp_path, remote, server):
+    settings = Data(shards=str(remote), image_size=16, num_classes=10, cache_dir=str(tmp_path / "cache"))
+    index, order = open_index(settings, ""), np.random.default_rng(0)
+    whole = index.read_many(np.arange(48))
+    for _ in range(20):
+        for path in (tmp_path / "cache").glob("*.tar"):
+            data = np.memmap(path, dtype=np.uint8)
+            data[int(order.integers(600, len(data) - 2000)) :: 700] ^= 1
+            data.flush()
+        index.want(np.arange(6))
+        ids = order.permutation(48)
+        with Reader(index, True) as read:
+            assert [file.tobytes() for file in read(ids)] == [whole[sample] for sample in ids]
+    index.close()
 
 
 @pytest.mark.parametrize(("how", "said"), [({"flip": [100]}, "sha256"), ({"status": [404]}, "404")])

@@ -40,6 +40,12 @@ class NoRoom(Exception):
     """What is in use or wanted sooner fills the budget."""
 
 
+def file_of(handle: int) -> tuple[int, int]:
+    """Device and inode of an open file, which tell it from another of the same name."""
+    found = os.fstat(handle)
+    return found.st_dev, found.st_ino
+
+
 @dataclass
 class Part:
     """A shard that this process may write: its file, open and locked."""
@@ -95,21 +101,22 @@ class CacheFolder:
             os.close(handle)
         return None
 
-    def remove_damaged(self, shard: Wanted) -> None:
-        """Remove the file of a shard if its sha256 is not its name any more."""
+    def remove_damaged(self, shard: Wanted) -> tuple[int, int] | None:
+        """Remove the file of a shard if its sha256 is not its name any more; returns which file that was (``file_of``)."""
         path = self.folder / f"{shard.sha256}.tar"
         with self._refusals():
             try:
                 handle = os.open(path, os.O_RDONLY | FLAGS)
             except FileNotFoundError:
-                return
+                return None
             with open(handle, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
-                    return
+                    return None
                 damaged = os.fstat(handle)
                 with self._alone(), contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.lstat(path), damaged):  # another process may have fetched it meanwhile
                         os.unlink(path)
+                return file_of(handle)
 
     @staticmethod
     def keep(handle: int) -> bool:

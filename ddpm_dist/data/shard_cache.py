@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ddpm_dist.data.cache_folder import CacheFolder, Elsewhere, NoRoom, Part
+from ddpm_dist.data.cache_folder import CacheFolder, Elsewhere, NoRoom, Part, file_of
 from ddpm_dist.data.fetching import Download, Patience, Stop, Stopped, Wanted
 from ddpm_dist.data.remote_source import refuse_command
 from ddpm_dist.errors import UserError
@@ -64,6 +64,7 @@ class ShardCache:
         self._stop = Stop()
         self._closed = False
         self._threads: list[threading.Thread] = []
+        self._damaged: set[tuple[int, int]] = set()  # files that were given up, see ``file_of``
         self._wanted: dict[str, Wanted] = {}
         self._urgent: set[str] | None = (
             None  # before the first ``want``; until these are here nothing else is fetched ahead
@@ -142,10 +143,11 @@ class ShardCache:
 
         Reads the whole copy. For a reader that has found something wrong in it.
         """
-        shard = self._checked(url, size, sha256)
+        damaged = self._folder.remove_damaged(self._checked(url, size, sha256))
         with self._change:
             self._let_go(sha256)
-        self._folder.remove_damaged(shard)
+            if damaged is not None:
+                self._damaged.add(damaged)
 
     def close(self) -> None:
         """End what is on its way (its beginning stays in the folder). Descriptors that were handed out stay good."""
@@ -180,6 +182,9 @@ class ShardCache:
         with self._change:
             self._wanted.pop(shard.sha256, None)
             handle = self._kept.pop(shard.sha256, None)
+            if handle is not None and file_of(handle) in self._damaged:  # kept while it was found out
+                os.close(handle)
+                handle = None
             self._room_may_be_free()
         if handle is None:
             return self._folder.open(shard)

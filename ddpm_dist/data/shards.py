@@ -265,8 +265,7 @@ class Index:
         for place, (number, size, offset) in enumerate(zip(numbers, *columns, strict=True)):
             data, right = self._pread(number, size, offset), wanted[8 * place : 8 * place + 8]
             if digest(data) != right and self.cache is not None:
-                self._give_up_if_damaged(number)
-                data = self._pread(number, size, offset)
+                data = self._read_anew(number, size, offset)
             if digest(data) != right:
                 raise BadSample(
                     f"{self.describe(int(ids[place]))}: the image bytes do not match the index (the shard is damaged or was "
@@ -276,19 +275,25 @@ class Index:
             found.append(data)
         return found
 
-    def _give_up_if_damaged(self, number: int) -> None:
-        """After a wrong checksum: a copy that was damaged on this node's disk goes, so that the next read fetches the shard anew.
+    def _read_anew(self, number: int, size: int, offset: int) -> bytes:
+        """After a wrong checksum: a copy that was damaged on this node's disk goes, and the shard is fetched once more.
 
         A sample is bad only if it is so everywhere: nodes would otherwise train different runs.
         """
-        with self._lock:
-            self._files.pop(number, None)  # another thread may have opened a new copy; that costs opening it once more
         shard = self.shards[number]
         self.cache.give_up_if_damaged(self.location(number), shard.bytes, shard.sha256)
+        file = self._open(number)  # what is in the list may be the old copy, opened by another thread meanwhile
+        with self._lock:
+            self._files[number] = file
+        return self._pread_from(file, number, size, offset)
 
     def _pread(self, number: int, size: int, offset: int) -> bytes:
+        return self._pread_from(self._file(number), number, size, offset)
+
+    def _pread_from(self, file: _OpenFile, number: int, size: int, offset: int) -> bytes:
+        """``file`` is held while it is read: another thread may take it off the list, which closes it when nobody has it."""
         try:
-            return os.pread(self._file(number).descriptor, size, offset)
+            return os.pread(file.descriptor, size, offset)
         except OSError as error:
             raise UserError(f"shard {public_name(self.location(number))} cannot be read: {error.strerror}") from None
 
