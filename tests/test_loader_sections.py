@@ -123,7 +123,7 @@ def test_ratios_are_of_one_turn():
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_shards_sent_at_the_first_batch_are_counted(shards, tmp_path, monkeypatch, count):
-    """The shard of the first batch is sent when so many others have been; what remains only when the second batch is asked for."""
+    """The first batch is handed over when so many shards have been sent; the others are sent only when the second batch is asked for."""
     second, asked = threading.Event(), []
 
     class Watched(loader_streaming.Loader):
@@ -131,7 +131,10 @@ def test_shards_sent_at_the_first_batch_are_counted(shards, tmp_path, monkeypatc
             asked.append(self)
             if len(asked) == 2:
                 second.set()
-            return super().next()
+            batch = super().next()
+            while len(asked) == 1 and len(server.finished) < count:
+                time.sleep(0.005)
+            return batch
 
     monkeypatch.setattr(loader_streaming, "Loader", Watched)
     with ShardServer(shards.folder) as server:
@@ -141,21 +144,12 @@ def test_shards_sent_at_the_first_batch_are_counted(shards, tmp_path, monkeypatc
         ids = make_order(index, settings(own, index), 0, own.batch).locate(np.arange(len(index)))[1]
         order = [Path(index.location(n)).name for n in dict.fromkeys(index.shard_of(ids).tolist())]
         assert len(order) == 5
-        others_sent = threading.Event()
 
         def pace(name: str, sent: int, began: float) -> None:
-            if name == order[0]:
-                assert count == 1 or others_sent.wait(60)
-            elif name not in order[:count]:
+            if name not in order[:count]:
                 assert second.wait(60)
 
-        def waits_for_others() -> None:
-            while len(server.finished) < count - 1:
-                time.sleep(0.005)
-            others_sent.set()
-
         server.forget()
-        threading.Thread(target=waits_for_others, daemon=True).start()
         one = SimpleNamespace(must=lambda command, cache_dir: loader_streaming.cold(own, cache_dir))
         found = loader_streaming.one_cold_start(one, server, pace, tmp_path / "cache")
         assert found["shards_sent"] == count and len(server.finished) == 5
