@@ -195,9 +195,11 @@ def shard_batches(
         everything = np.concatenate([plan.slots(runtime.rank, micro) for micro in range(plan.accumulation)])
         for step in steps:
             if fetched:
-                first = order.locate(step * plan.global_batch + everything[: plan.micro_batch])[1]
-                ahead = shards_ahead(order, index, step, everything, plan.global_batch)
-                index.want(ahead, np.unique(index.shard_of(first)) if step == steps.start else ())
+                urgent: Any = ()
+                if step == steps.start:
+                    first = order.locate(step * plan.global_batch + everything[: plan.micro_batch])[1]
+                    urgent = np.unique(index.shard_of(first))
+                index.want(shards_ahead(order, index, step, everything, plan.global_batch), urgent)
             for slots in (plan.slots(runtime.rank, micro) for micro in range(plan.accumulation)):
                 yield step, slots, *order.locate(step * plan.global_batch + slots)
 

@@ -66,9 +66,8 @@ class ShardCache:
         self._threads: list[threading.Thread] = []
         self._damaged: set[tuple[int, int]] = set()  # files that were given up, see ``file_of``
         self._wanted: dict[str, Wanted] = {}
-        self._urgent: set[str] | None = (
-            None  # before the first ``want``; until these are here nothing else is fetched ahead
-        )
+        # Until these are here nothing else is fetched ahead; None: before the first ``want``.
+        self._urgent: set[str] | None = None
         self._kept: dict[str, int] = {}  # wanted and here: descriptors with a shared lock
         self._coming: dict[str, _Coming] = {}
         self._failed: set[str] = set()  # not fetched ahead again; a reader tries once more and gets the reason

@@ -264,9 +264,11 @@ class Index:
         wanted = np.ascontiguousarray(rows["checksum"]).tobytes()  # little endian, as the digests are
         for place, (number, size, offset) in enumerate(zip(numbers, *columns, strict=True)):
             data, right = self._pread(number, size, offset), wanted[8 * place : 8 * place + 8]
-            if digest(data) != right and self.cache is not None:
+            wrong = digest(data) != right
+            if wrong and self.cache is not None:
                 data = self._read_anew(number, size, offset)
-            if digest(data) != right:
+                wrong = digest(data) != right
+            if wrong:
                 raise BadSample(
                     f"{self.describe(int(ids[place]))}: the image bytes do not match the index (the shard is damaged or was "
                     f"replaced): {self._remedy}",
