@@ -322,7 +322,10 @@ class Index:
                 f"shard {public_name(where)} is not on this machine: set data.cache_dir to a folder on a local disk (and data.cache_dir_gb "
                 "to what it may take), where shards are fetched to"
             )
-        file = _OpenFile(os.open(where, os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            file = _OpenFile(os.open(where, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise UserError(f"shard {where} cannot be read: {error.strerror}") from None
         size = os.fstat(file.descriptor).st_size
         if size != shard.bytes:
             raise self._other_size(Path(where), size, shard)
