@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment, settings_of
-from benchmarks.kernels_names import FUSED, GROUPS, PRODUCTS
+from benchmarks.kernels_names import FUSED, GROUPS, PRODUCTS, is_attention
 from benchmarks.kernels_record import Kernel
 from benchmarks.kernels_replay import Clock, attention_ways, prepared, race, ways_of
 from benchmarks.kernels_step import Workload, record, settings
@@ -83,13 +83,11 @@ def measured(
 
     An attention's forward and backward share a backend, so their best is that of both together.
     """
-    forwards = [k for k in kernels if k.operation.startswith("_scaled_dot") and not k.operation.endswith("_backward")]
+    forwards = [k for k in kernels if is_attention(k.operation) and not k.operation.endswith("_backward")]
     paired: set[int] = set()
     for forward in forwards:
         same = [
-            k
-            for k in kernels
-            if k.operation == forward.operation + "_backward" and k.arguments["query"] == forward.arguments["query"]
+            k for k in kernels if k.operation == forward.operation + "_backward" and _queries(k) == _queries(forward)
         ]
         backward = same[0] if same else None
         made = prepared(lambda f=forward, b=backward: attention_ways(f, b, clock.device), 2 if backward else 1)
@@ -107,6 +105,10 @@ def measured(
         if id(kernel) not in paired:
             ways = race(prepared(lambda k=kernel: [ways_of(k)], 1)[0], clock, turns)
             yield kernel, ways, min((way for way in ways if way["ms"]), key=lambda way: way["ms"], default=None)
+
+
+def _queries(kernel: Kernel) -> Any:
+    return kernel.arguments.get("query", kernel.arguments.get("qkv"))
 
 
 def entry(kernel: Kernel, ways: list[dict[str, Any]], best: dict[str, Any] | None, roofs: Roofs) -> dict[str, Any]:

@@ -22,6 +22,8 @@ GROUPS = (
 FUSED = ("normalisation", "elementwise", "copies", "other")  # what a compiler can join into passes over the data
 PRODUCTS = ("convolution", "matmul", "attention")
 
+OUR_ATTENTION = "attention_cpu"  # the operation of models/attention_cpu.py
+
 MATMULS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "mv", "addmv", "dot"}
 COPIES = {
     "copy_", "_to_copy", "clone", "cat", "stack", "fill_", "zero_", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like",
@@ -58,6 +60,11 @@ def group_of(function: OpOverload, updating: bool) -> str:
     return "elementwise" if torch.Tag.pointwise in function.tags else "other"
 
 
+def is_attention(operation: str) -> bool:
+    """Forward or backward of the whole of it, as torch or we compute it."""
+    return operation.startswith(("_scaled_dot_product", OUR_ATTENTION))
+
+
 def name_of(operation: str, arguments: dict[str, Any], results: list[Tensor]) -> str:
     """Such as "conv3x3 64->128 at 32x32, backward"."""
     given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
@@ -68,6 +75,10 @@ def name_of(operation: str, arguments: dict[str, Any], results: list[Tensor]) ->
         kind = operation.removeprefix("_scaled_dot_product_").removesuffix("_backward").removesuffix("_for_cpu")
         back = ", backward" if operation.endswith("_backward") else ""
         return f"{kind.replace('_', ' ')}, {tokens} tokens, {heads} heads of {width}{back}"
+    if operation.startswith(OUR_ATTENTION):
+        _, tokens, _, heads, width = arguments["qkv"].shape
+        back = ", backward" if operation.endswith("_backward") else ""
+        return f"cpu bf16 attention, {tokens} tokens, {heads} heads of {width}{back}"
     if operation in MATMULS:
         factors = [tensor for tensor in given if tensor.dim() > 1][-2:]
         return f"product {' @ '.join(_shape(tensor.shape) for tensor in factors)}"

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.kernels_fused import Flow, size_of
-from benchmarks.kernels_names import group_of, name_of
+from benchmarks.kernels_names import OUR_ATTENTION, group_of, name_of
 
 # They compute nothing: new names for the same memory, memory that nobody has written yet, a look from the host.
 NO_KERNEL = {
@@ -113,6 +113,9 @@ def moved(function: OpOverload, arguments: dict[str, Any], results: list[Tensor]
 
 def flops_of(function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, group: str) -> int:
     """By torch's own formulas; where there is none, one for each element of the largest argument or result."""
+    if operation_of(function).startswith(OUR_ATTENTION):  # two products; backward five, the scores are computed again
+        batch, tokens, _, heads, width = args[0].shape
+        return (10 if operation_of(function).endswith("_backward") else 4) * batch * heads * tokens**2 * width
     formula = flop_registry.get(function._overloadpacket)
     if formula is not None:
         return formula(*args, **kwargs, out_val=out)

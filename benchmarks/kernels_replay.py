@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from benchmarks.kernels_names import OUR_ATTENTION, is_attention
 from benchmarks.kernels_record import Kernel, Spec, tensors, written
-from benchmarks.ladder_parts import BACKENDS, ON_A_CPU
+from benchmarks.ladder_parts import ON_A_CPU, SDPA
 from benchmarks.sampling_entrant import free_memory, out_of_memory
 
 TURN_SECONDS = 0.02  # a repeat runs a kernel until it lasts about so long
@@ -49,13 +50,16 @@ def inputs(kernel: Kernel) -> dict[str, Any]:
         return leaf.clone() if isinstance(leaf, Tensor) and 0 not in leaf.stride() else leaf
 
     made = {name: tree_map(lambda leaf, name=name: fill(name, leaf), value) for name, value in kernel.arguments.items()}
-    if kernel.operation.startswith("_scaled_dot_product") and kernel.operation.endswith("_backward"):
+    if is_attention(kernel.operation) and kernel.operation.endswith("_backward"):
         _attend(kernel, made)
     return made
 
 
 def _attend(kernel: Kernel, made: dict[str, Any]) -> None:
     """What the forward kernel hands to its backward belongs to these queries: anything else would overflow."""
+    if kernel.operation.startswith(OUR_ATTENTION):
+        made["out"], made["logs"] = torch.ops.ddpm_dist.attention_cpu(made["qkv"])
+        return
     forward = getattr(torch.ops.aten, kernel.operation.removesuffix("_backward")).default
     names = [argument.name for argument in forward._schema.arguments]
     chosen = {name: made[name] for name in names if name in made} | {"compute_log_sumexp": True}
@@ -266,12 +270,13 @@ def _replay(kernel: Kernel, arguments: dict[str, Any]) -> tuple[Run, list[Tensor
 def attention_ways(forward: Kernel, backward: Kernel | None, device: torch.device) -> list[list[Way]]:
     """Forward and backward of one attention as they run in the step, and with every backend that the device may have."""
     made = inputs(forward)
+    read = ("qkv",) if forward.operation == OUR_ATTENTION else ("query", "key", "value")
     ways, back = [Way("as it is", lambda: _replay(forward, made))], []
-    others = inputs(backward) | {name: made[name] for name in ("query", "key", "value")} if backward else {}
+    others = inputs(backward) | {name: made[name] for name in read} if backward else {}
     if backward:
         _attend(backward, others)
         back = [Way("as it is", lambda: _replay(backward, others))]
-    for name, backend in BACKENDS.items():
+    for name, backend in SDPA.items():
         if device.type != "cuda" and name not in ON_A_CPU:
             continue
 
@@ -279,16 +284,19 @@ def attention_ways(forward: Kernel, backward: Kernel | None, device: torch.devic
             return sdpa_kernel(backend)
 
         def once() -> tuple[list[Tensor], Tensor]:
-            leaves = [made[key].detach().requires_grad_() for key in ("query", "key", "value")]
+            leaves = [made[key].detach().requires_grad_() for key in read]
             with torch.enable_grad():
-                return leaves, F.scaled_dot_product_attention(*leaves, scale=made.get("scale"))
+                if len(leaves) > 1:
+                    return leaves, F.scaled_dot_product_attention(*leaves, scale=made.get("scale"))
+                q, k, v = (part.transpose(1, 2) for part in leaves[0].unbind(2))
+                return leaves, F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
         def there(once: Any = once) -> tuple[Run, list[Tensor]]:
             return (lambda: [once()[1].detach()]), []
 
         def back_again(once: Any = once) -> tuple[Run, list[Tensor]]:
             leaves, out = once()
-            gradient = others["grad_out" if "grad_out" in others else "grad_out_"]
+            gradient = next(others[key] for key in ("grad_out", "grad_out_", "gradient") if key in others)
             return (lambda: list(torch.autograd.grad(out, leaves, gradient, retain_graph=True))), []
 
         ways.append(Way(name, there, context))

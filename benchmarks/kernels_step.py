@@ -64,7 +64,8 @@ class Workload:
     def step(self, compiled: bool) -> OurStep:
         """A training step with first weights; it changes what is global to the process."""
         train = self.config.train
-        switches = Switches(True, True, True, train.precision == "bf16", train.channels_last, True, compiled)
+        kernels = self.device.type == "cpu"  # as train.attention=auto chooses them
+        switches = Switches(True, True, True, train.precision == "bf16", train.channels_last, True, compiled, kernels)
         switches.apply(self.device)
         torch.manual_seed(self.config.run.seed)
         return OurStep(self, build_model(self.config.model.name, **self.config.network_keywords()), switches)

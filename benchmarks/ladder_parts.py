@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from benchmarks.sampling_entrant import free_memory, out_of_memory
-from ddpm_dist.attention_backends import BACKENDS, attend, attention_shapes, backends_on
+from ddpm_dist.attention_backends import OURS, attention_shapes, backend_named, backends_on, why_not_ours
 from ddpm_dist.config import Config
 from ddpm_dist.models import blocks, build_model
+from ddpm_dist.models.blocks import AttentionBackend, attend
 
 ON_A_CPU = ("flash", "math")
 TURN_SECONDS = 0.1  # a turn repeats a part until it lasts about so long
@@ -131,21 +132,22 @@ def upsampled_shapes(config: Config) -> dict[tuple[int, int], list[str]]:
 def attention_backends(
     config: Config, device: torch.device, dtype: torch.dtype, batch: int, turns: int
 ) -> list[dict[str, Any]]:
-    """Every backend of ``scaled_dot_product_attention`` for every attention of the network, laid out as it lays them out."""
+    """Every kernel that the device may have for every attention of the network, laid out as it lays them out."""
     entries = []
     for (tokens, heads, head_dim), names in attention_shapes(config).items():
         layers = [name.partition(".")[0] for name in names]
         torch.manual_seed(0)
-        qkv = torch.randn(batch, tokens, 3 * heads * head_dim, device=device).to(dtype).requires_grad_()
-        gradient = torch.randn(batch, tokens, heads * head_dim, device=device).to(dtype)
+        qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device).to(dtype).requires_grad_()
+        gradient = torch.randn(batch, tokens, heads, head_dim, device=device).to(dtype)
 
-        def run(backend: SDPBackend, qkv: Tensor = qkv, gradient: Tensor = gradient, heads: int = heads) -> Any:
-            out = attend(qkv, heads, backend)
+        def run(backend: AttentionBackend, qkv: Tensor = qkv, gradient: Tensor = gradient) -> Any:
+            out = attend(qkv, backend)
             return out.detach(), torch.autograd.grad(out, qkv, gradient)[0]
 
         one = qkv[:1].detach().double().requires_grad_()  # images do not depend on each other
         expected = run(SDPBackend.MATH, one, gradient[:1].double())
-        variants = [Variant(name, lambda backend=BACKENDS[name]: run(backend)) for name in backends_on(device)]
+        there = [name for name in backends_on(device) if name != OURS or why_not_ours(head_dim, dtype, device) is None]
+        variants = [Variant(name, lambda name=name: run(backend_named(name))) for name in there]
         about = {"layers": layers, "tokens": tokens, "heads": heads, "head_dim": head_dim, "dtype": _name(dtype)}
         entries += [about | entry for entry in take_turns(variants, expected, dtype, turns, device)]
     return entries

@@ -96,7 +96,8 @@ WHAT = {
     "channels_last": "channels_last for weights and images",
     "engine": "the step of ddpm_dist: fused AdamW, foreach average, guard against non-finite steps, Philox draws, no loss.item()",
     "compiled": "torch.compile of the network (on a GPU also of the noise)",
-    "sdpa_backend": "train.attention=measured: for each shape of attention the backend that was measured fastest",
+    "sdpa_backend": "the kernel of each attention: on a GPU train.attention=measured, the backend that was measured fastest for its shape; "
+    "on a CPU with AVX-512 BF16 our own (cpu_bf16), as train.attention=auto chooses",
     "step_graph": "train.cuda_graph=true: the whole step (forward, backward, optimizer, average) is one CUDA graph",
 }
 
@@ -106,8 +107,8 @@ def missing(name: str, config: Config, device: torch.device) -> str | None:
     cuda = device.type == "cuda"
     if name in ("tf32", "cudnn_benchmark", "step_graph") and not cuda:
         return NEEDS_A_GPU
-    if name == "sdpa_backend" and not cuda:
-        return "a CPU has one fused backend, which torch takes by itself"
+    if name == "sdpa_backend" and not cuda and (why := _no_kernel_of_ours(config)):
+        return f"a CPU has one fused backend, which torch takes by itself ({why})"
     if name == "bf16" and config.train.precision != "bf16":
         weak = not cuda and not cpu_has_bf16()
         return "this processor has no bf16 arithmetic" if weak else f"train.precision={config.train.precision}"
@@ -116,6 +117,18 @@ def missing(name: str, config: Config, device: torch.device) -> str | None:
     if name == "compiled" and not config.train.compile:
         return "train.compile=false" if cuda else "on a CPU only with --compile: it takes minutes"
     return None
+
+
+def _no_kernel_of_ours(config: Config) -> str | None:
+    from ddpm_dist.models import attention_cpu
+
+    if config.train.precision != "bf16" or not attention_cpu.is_made_for_this():
+        return "ours is for bf16 on processors with AVX-512 BF16"
+    return (
+        "with matrix units train.attention=auto leaves it to torch"
+        if attention_cpu.has_amx()
+        else attention_cpu.why_not()
+    )
 
 
 def ladder(config: Config, device: torch.device) -> list[tuple[str, str, Switches, str | None]]:
@@ -193,7 +206,7 @@ class OurStep:
         config.train.cuda_graph, config.train.attention = switches.step_graph, "auto"
         runtime = Runtime(0, 1, 0, setting.device, None)
         if switches.sdpa_backend:
-            config.train.attention = "measured"
+            config.train.attention = "measured" if setting.device.type == "cuda" else "auto"
             attention_backends.pin(network, config, setting.images, runtime)
         self._batch, self._number = setting.batch, 0
         self._step = TrainStep(config, runtime, plan_batches(setting.images, None, 1), network)

@@ -1,4 +1,4 @@
-"""Which kernel computes each attention: torch's own choice, one by name, or for every shape the one that was measured fastest."""
+"""Which kernel computes each attention: chosen by rule, one by name, or for every shape the one that was measured fastest."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from ddpm_dist.config import Config
 from ddpm_dist.errors import UserError
 from ddpm_dist.models import build_model
-from ddpm_dist.models.blocks import Attention
+from ddpm_dist.models.blocks import Attention, AttentionBackend, attend
 from ddpm_dist.runtime import Runtime
 
-BACKENDS = {
+OURS = "cpu_bf16"  # models/attention_cpu.py
+SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+BACKENDS = (*SDPA, OURS)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of train.precision; else float32
 Shape = tuple[int, int, int]  # tokens, heads, head_dim
 REPEATS, REPEAT_SECONDS = 5, 0.01
 MOST_WEIGHTS = 2**30  # bytes: more are not written to try the backend that stores them
@@ -33,8 +35,28 @@ CLEARLY = (
 
 
 def backends_on(device: torch.device) -> list[str]:
-    """What a device may have; what it really has also depends on the shape."""
-    return list(BACKENDS) if device.type == "cuda" else ["flash", "math"]
+    """What a device may have; what it really has also depends on the shape and the precision."""
+    return list(SDPA) if device.type == "cuda" else ["flash", "math", OURS]
+
+
+def backend_named(name: str) -> AttentionBackend:
+    """What ``blocks.attend`` takes."""
+    if name != OURS:
+        return SDPA[name]
+    from ddpm_dist.models import attention_cpu
+
+    return attention_cpu.attention
+
+
+def why_not_ours(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why cpu_bf16 cannot compute such heads here; None: it can. May compile it, which takes seconds."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return "cpu_bf16 is for train.precision=bf16 on a CPU"
+    from ddpm_dist.models import attention_cpu
+
+    if head_dim not in attention_cpu.WIDTHS:
+        return f"cpu_bf16 is for heads of {', '.join(map(str, attention_cpu.WIDTHS))} features"
+    return attention_cpu.why_not()
 
 
 def attention_shapes(config: Config) -> dict[Shape, list[str]]:
@@ -60,25 +82,21 @@ def attention_shapes(config: Config) -> dict[Shape, list[str]]:
     return found
 
 
-def attend(qkv: Tensor, heads: int, backend: SDPBackend) -> Tensor:
-    """Attention laid out as ``blocks.Attention`` lays it out: (B, N, 3 channels) to (B, N, channels)."""
-    q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
 def seconds(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, backend: str) -> float | None:
     """Median seconds of forward and backward, None where the device cannot do it or has not the memory."""
     tokens, heads, head_dim = shape
+    if backend == OURS and why_not_ours(head_dim, dtype, device):
+        return None
+    function = backend_named(backend)
     try:
-        qkv = torch.randn(batch, tokens, 3 * heads * head_dim, device=device, dtype=dtype, requires_grad=True)
-        gradient = torch.randn(batch, tokens, heads * head_dim, device=device, dtype=dtype)
+        qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
+        gradient = torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype)
 
         def timed(count: int) -> float:
             _finish(device)
             start = time.perf_counter()
             for _ in range(count):
-                torch.autograd.grad(attend(qkv, heads, BACKENDS[backend]), qkv, gradient)
+                torch.autograd.grad(attend(qkv, function), qkv, gradient)
             _finish(device)
             return (time.perf_counter() - start) / count
 
@@ -113,10 +131,12 @@ def pin(network: nn.Module, config: Config, batch: int, runtime: Runtime, record
     """
     kind = config.train.attention
     layers = {name: module for name, module in network.named_modules() if isinstance(module, Attention)}
-    if kind == "auto" or not layers:
+    if not layers:
         return {}
-    device = runtime.device
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision, torch.float32)
+    device, dtype = runtime.device, DTYPES.get(config.train.precision, torch.float32)
+    if kind == "auto":
+        _choose_ours(layers, config, dtype, runtime)
+        return {}
     chosen: dict[str, str] = {}
     for shape, names in attention_shapes(config).items():
         before = recorded.get(names[0]) if isinstance(recorded, Mapping) else None
@@ -124,8 +144,30 @@ def pin(network: nn.Module, config: Config, batch: int, runtime: Runtime, record
         candidates = [known] if known else backends_on(device)
         chosen |= dict.fromkeys(names, _choose(shape, batch, dtype, runtime, candidates, kind))
     for name, module in layers.items():
-        module.backend = BACKENDS[chosen[name]]
+        module.backend = backend_named(chosen[name])
     return chosen
+
+
+def _choose_ours(layers: Mapping[str, Attention], config: Config, dtype: torch.dtype, runtime: Runtime) -> None:
+    """On CPUs with bf16 arithmetic but without matrix units (where it was not measured) cpu_bf16 for the heads it can; all ranks alike."""
+    if runtime.device.type != "cpu" or dtype != torch.bfloat16:
+        return
+    from ddpm_dist.models import attention_cpu
+
+    possible = attention_cpu.is_made_for_this() and not attention_cpu.has_amx()
+    reason = attention_cpu.why_not() if possible and runtime.is_main else None  # first on one rank: it compiles for all
+    if runtime.world_size > 1:
+        possible, reason = runtime.broadcast((possible, reason))
+        mine = attention_cpu.why_not() if possible and reason is None else None
+        reason = runtime.broadcast(next(filter(None, runtime.gather(mine) or []), None) or reason)
+    if possible and reason and runtime.is_main:
+        print(f"attention: torch's own, which is slower in bf16 here, because {reason}", flush=True)
+    if not possible or reason:
+        return
+    for (_, _, head_dim), names in attention_shapes(config).items():
+        if head_dim in attention_cpu.WIDTHS:
+            for name in names:
+                layers[name].backend = attention_cpu.attention
 
 
 def _choose(shape: Shape, batch: int, dtype: torch.dtype, runtime: Runtime, candidates: list[str], kind: str) -> str:
@@ -147,8 +189,9 @@ def _choose(shape: Shape, batch: int, dtype: torch.dtype, runtime: Runtime, cand
     if runtime.world_size > 1:
         best = runtime.broadcast(best)
     if best is None:
+        why = why_not_ours(shape[2], dtype, runtime.device) if candidates == [OURS] else None
         raise UserError(
             f"no {'/'.join(candidates)} attention for {shape[0]} tokens and {shape[1]} heads of {shape[2]} in {dtype} on {runtime.device} "
-            "(train.attention); use train.attention=auto"
+            f"(train.attention{f'; {why}' if why else ''}); use train.attention=auto"
         )
     return best

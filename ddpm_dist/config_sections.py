@@ -173,8 +173,9 @@ class Train(Section):
     channels_last: bool = False
     # replay the whole step as one CUDA graph: for small batches per GPU (DDP, no accumulation)
     cuda_graph: bool = False
-    # Backend of scaled_dot_product_attention: torch's choice, the fastest for each shape as measured at the first start, or always one.
-    attention: Literal["auto", "measured", "flash", "efficient", "cudnn", "math"] = "auto"
+    # Kernel of attention: chosen by rule (torch's choice; on CPUs with AVX-512 BF16 cpu_bf16), the fastest for each shape as measured at
+    # the first start, or always one: a backend of scaled_dot_product_attention, or cpu_bf16, ours for bf16 on such CPUs.
+    attention: Literal["auto", "measured", "flash", "efficient", "cudnn", "math", "cpu_bf16"] = "auto"
     grad_clip: float | None = Field(None, gt=0)  # largest gradient norm
     label_dropout: float = Field(0.1, ge=0, le=1)
     # How gradients are summed; tree: in one order for every world size, so that parameters are equal to the bit (slow, DDP only).

@@ -6,6 +6,7 @@ run under autocast and ``torch.compile(fullgraph=True)``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -116,13 +117,32 @@ class Up(nn.Module):
         return x + self.emb_layer(emb)[:, :, None, None]
 
 
+AttentionBackend = SDPBackend | Callable[[Tensor], Tensor] | None
+
+
+def attend(qkv: Tensor, backend: AttentionBackend) -> Tensor:
+    """Attention of every head: (B, N, 3, heads, D), query, key and value of every token, to (B, N, heads, D).
+
+    backend: of ``scaled_dot_product_attention``, None lets torch choose; or a function that computes it for bfloat16 on the CPU.
+    Other tensors (of a network that was moved or is used without autocast) go to torch's choice then.
+    """
+    if callable(backend) and not isinstance(backend, SDPBackend):
+        if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
+            return backend(qkv)
+        backend = None
+    # Split before the transpose: the backward pass then writes the three gradients straight into one tensor.
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with the parameters and the initialisation of ``nn.MultiheadAttention``.
 
-    backend: of ``scaled_dot_product_attention``; None lets torch choose (``ddpm_dist.attention_backends`` measures and pins).
+    backend: as in ``attend`` (``ddpm_dist.attention_backends`` measures and pins).
     """
 
-    backend: SDPBackend | None = None
+    backend: AttentionBackend = None
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -136,11 +156,7 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, channels) to the same shape."""
         qkv = F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
-        # Split before the transpose: the backward pass then writes the three gradients straight into one tensor.
-        q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, self.heads, -1)).unbind(2))
-        with nullcontext() if self.backend is None else sdpa_kernel(self.backend):
-            attended = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        return self.out_proj(attend(qkv.unflatten(-1, (3, self.heads, -1)), self.backend).flatten(2))
 
 
 class SelfAttention(nn.Module):
