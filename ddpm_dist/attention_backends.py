@@ -135,7 +135,7 @@ def pin(network: nn.Module, config: Config, batch: int, runtime: Runtime, record
         return {}
     device, dtype = runtime.device, DTYPES.get(config.train.precision, torch.float32)
     if kind == "auto":
-        _choose_ours(layers, config, dtype, runtime)
+        _choose_ours(network, dtype, runtime)
         return {}
     chosen: dict[str, str] = {}
     for shape, names in attention_shapes(config).items():
@@ -148,13 +148,13 @@ def pin(network: nn.Module, config: Config, batch: int, runtime: Runtime, record
     return chosen
 
 
-def _choose_ours(layers: Mapping[str, Attention], config: Config, dtype: torch.dtype, runtime: Runtime) -> None:
-    """On CPUs with bf16 arithmetic but without matrix units (where it was not measured) cpu_bf16 for the heads it can; all ranks alike."""
+def _choose_ours(network: nn.Module, dtype: torch.dtype, runtime: Runtime) -> None:
+    """cpu_bf16 for the heads that it can compute, where it pays; on all ranks or none."""
     if runtime.device.type != "cpu" or dtype != torch.bfloat16:
         return
     from ddpm_dist.models import attention_cpu
 
-    possible = attention_cpu.is_made_for_this() and not attention_cpu.has_amx()
+    possible = attention_cpu.pays()
     reason = attention_cpu.why_not() if possible and runtime.is_main else None  # first on one rank: it compiles for all
     if runtime.world_size > 1:
         possible, reason = runtime.broadcast((possible, reason))
@@ -162,12 +162,8 @@ def _choose_ours(layers: Mapping[str, Attention], config: Config, dtype: torch.d
         reason = runtime.broadcast(next(filter(None, runtime.gather(mine) or []), None) or reason)
     if possible and reason and runtime.is_main:
         print(f"attention: torch's own, which is slower in bf16 here, because {reason}", flush=True)
-    if not possible or reason:
-        return
-    for (_, _, head_dim), names in attention_shapes(config).items():
-        if head_dim in attention_cpu.WIDTHS:
-            for name in names:
-                layers[name].backend = attention_cpu.attention
+    if possible and not reason:
+        attention_cpu.use_in(network)
 
 
 def _choose(shape: Shape, batch: int, dtype: torch.dtype, runtime: Runtime, candidates: list[str], kind: str) -> str:

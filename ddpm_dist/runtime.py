@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import signal
@@ -163,6 +164,25 @@ def use_fast_matmuls(device: torch.device) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU: let glibc keep what a step frees for the next one, which takes it in the same sizes.
+
+    Otherwise memory goes back to the system and comes again page by page, 14,000 times in a step of the flagship at batch 4 (5 % of its
+    time). What the environment says about malloc wins.
+    """
+    if (
+        device.type != "cpu"
+        or any(name.startswith("MALLOC_") for name in os.environ)
+        or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc takes
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def finish() -> None:

@@ -28,7 +28,7 @@ from ddpm_dist.previews import preview
 from ddpm_dist.records import Records
 from ddpm_dist.rendezvous import slurm_job
 from ddpm_dist.run_data import RunData
-from ddpm_dist.runtime import Runtime, StopRequest, use_fast_matmuls
+from ddpm_dist.runtime import Runtime, StopRequest, keep_freed_memory, use_fast_matmuls
 from ddpm_dist.step import TrainStep
 from ddpm_dist.validation import Validation
 from ddpm_dist.watch import Watch
@@ -61,6 +61,7 @@ class Trainer:
         self.data = RunData(config, runtime, self.plan.micro_batch)
         check_alike(runtime, config, self.data.fingerprint)
         use_fast_matmuls(runtime.device)
+        keep_freed_memory(runtime.device)
         torch.backends.cudnn.benchmark = not config.train.audit
         if config.train.audit and runtime.device.type == "cuda":
             torch.use_deterministic_algorithms(True, warn_only=True)

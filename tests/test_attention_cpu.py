@@ -142,7 +142,7 @@ def test_auto_chooses_it_where_it_can_run(alone, monkeypatch, capsys):
     assert chosen(SIXTEEN) == {None}  # float32
     assert capsys.readouterr().out == ""
     with monkeypatch.context() as patch:
-        patch.setattr(attention_cpu, "has_amx", lambda: True)
+        patch.setattr(attention_cpu, "_flags", lambda: frozenset(("amx_bf16", *attention_cpu.NEEDED)))
         assert chosen(*BF16) == {None}
         assert capsys.readouterr().out == ""
     with monkeypatch.context() as patch:
@@ -202,6 +202,24 @@ def test_without_a_compiler_training_goes_on_and_says_so(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("attention: torch's own") == 1 and "/nowhere/c++ cannot be run" in result.stdout
+
+
+@needs_bf16
+@pytest.mark.skipif(not attention_cpu.pays(), reason="torch's own is used where there are matrix units")
+def test_sampling_in_bf16_uses_it_and_gives_the_same_images(alone):
+    from test_attention_backends import config_of, network_of
+
+    from ddpm_dist.diffusion.reverse import ReverseProcess
+    from ddpm_dist.diffusion.schedule import Schedule
+
+    network, schedule = network_of(config_of(SIXTEEN)).eval(), Schedule(20)
+    attentions = [module for module in network.modules() if isinstance(module, Attention)]
+    images = {}
+    for dtype in (None, torch.bfloat16):
+        process = ReverseProcess(network, schedule, (3, 1, 16, 16), labelled=True, device="cpu", dtype=dtype)
+        assert {module.backend for module in attentions} == {attention_cpu.attention if dtype else None}
+        images[dtype] = process.run(7, torch.arange(3), torch.arange(3))
+    assert 0 < off(images[torch.bfloat16], images[None].double()) < 0.05
 
 
 # --- the program -----------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_dist import native
+from ddpm_dist.models.blocks import Attention
 
 WIDTHS = (16, 32, 64)  # of a head
 FLAGS = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"]
@@ -45,9 +46,21 @@ def is_made_for_this() -> bool:
     return all(flag in _flags() for flag in NEEDED)
 
 
-def has_amx() -> bool:
-    """Whether the processor multiplies bf16 matrices, which torch's own attention makes use of."""
-    return "amx_bf16" in _flags()
+def pays() -> bool:
+    """Whether it is what train.attention=auto takes here, if it compiles: not where the processor has matrix units, which torch's own
+    makes use of (there nobody has measured which is faster)."""
+    return is_made_for_this() and "amx_bf16" not in _flags()
+
+
+def use_in(network: nn.Module) -> None:
+    """Let every attention of ``network`` compute with it whose heads it can, and for which nothing else was chosen."""
+    for module in network.modules():
+        if (
+            isinstance(module, Attention)
+            and module.backend is None
+            and module.out_proj.in_features // module.heads in WIDTHS
+        ):
+            module.backend = attention
 
 
 @functools.cache
