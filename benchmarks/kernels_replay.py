@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.kernels_names import OUR_ATTENTION, is_attention
 from benchmarks.kernels_record import Kernel, Spec, tensors, written
-from benchmarks.ladder_parts import ON_A_CPU, SDPA
+from benchmarks.ladder_parts import ON_A_CPU
 from benchmarks.sampling_entrant import free_memory, out_of_memory
+from ddpm_dist.attention_backends import SDPA
 
 TURN_SECONDS = 0.02  # a repeat runs a kernel until it lasts about so long
 MOST_RUNS = 50  # of a repeat; more launches than a GPU's queue holds would wait for the host

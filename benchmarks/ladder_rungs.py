@@ -124,11 +124,7 @@ def _no_kernel_of_ours(config: Config) -> str | None:
 
     if config.train.precision != "bf16" or not attention_cpu.is_made_for_this():
         return "ours is for bf16 on processors with AVX-512 BF16"
-    return (
-        "with matrix units train.attention=auto leaves it to torch"
-        if attention_cpu.has_amx()
-        else attention_cpu.why_not()
-    )
+    return attention_cpu.why_not() if attention_cpu.pays() else "where there are matrix units auto leaves it to torch"
 
 
 def ladder(config: Config, device: torch.device) -> list[tuple[str, str, Switches, str | None]]:

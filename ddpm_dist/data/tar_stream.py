@@ -23,7 +23,7 @@ REGULAR, FOLDER, EXTENSIONS = (b"0", b"\0", b"7"), b"5", (b"x", b"g", b"L", b"K"
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")  # gzip, bzip2, xz, zstd, zip
 ZEROS = bytes(BLOCK)
 ADLER = 65521
-FIELDS = struct.Struct("124s11sc12s6s2sc355s").unpack
+FIELDS = struct.Struct("124x11sc12x6s2sc355x").unpack
 
 
 class Member(NamedTuple):
@@ -116,7 +116,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 def ustar_name(header: bytes) -> str:
     """The file name in a 512 byte tar header (prefix and name joined)."""
-    name = _text(header[:100])
+    end = header.find(b"\0", 0, 100)
+    name = header[: end if end >= 0 else 100].decode("utf-8", "surrogateescape")
     if header[345] == 0 or header[257:263] != b"ustar\0":
         return name
     return f"{_text(header[345:500])}/{name}"
@@ -180,7 +181,7 @@ def members(tape: Tape) -> Iterator[Member]:
 
 def _check_header(header: bytes, position: int) -> tuple[bytes, int]:
     """Type and size of a header whose check sum is right."""
-    _, size_text, size_end, _, stated_text, stated_end, kind, _ = FIELDS(header)
+    size_text, size_end, stated_text, stated_end, kind = FIELDS(header)
     try:
         # Nearly all writers fill these fields with digits up to a NUL.
         size = int(size_text, 8) if size_end == b"\0" and size_text.isdigit() else _number(header[124:136])
@@ -189,7 +190,7 @@ def _check_header(header: bytes, position: int) -> tuple[bytes, int]:
         stated, size = -1, 0
     # The sum of all bytes, with the field itself counted as eight spaces. Adler-32 has in its lower half one plus that sum modulo
     # 65521, and comes from C; damage that changes the sum by just that would need 257 bytes.
-    total = (adler32(header) & 0xFFFF) - 1 - sum(stated_text) - sum(stated_end) + 8 * 32
+    total = (adler32(header) & 0xFFFF) - (adler32(header[148:156]) & 0xFFFF) + 8 * 32
     if not 0 <= stated <= 255 * BLOCK or (total - stated) % ADLER:
         raise BrokenTar("damaged tar", f"damaged or not a tar archive: no valid header at byte {position}")
     return kind, size
