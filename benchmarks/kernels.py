@@ -38,6 +38,7 @@ from benchmarks.sampling_entrant import free_memory, limit_memory
 from benchmarks.timing import Contender, matmul_rate
 from ddpm_dist.errors import UserError, exit_codes
 from ddpm_dist.flops import training_flops
+from ddpm_dist.runtime import keep_freed_memory
 
 IN_THE_PLOT = 20  # kernels of the roofline; the others are listed apart
 # Rates above this multiple of a roof are no rates: nothing was computed. (Winograd saves 2.25 of the multiplications; caches are faster
@@ -151,6 +152,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     config = settings(args, device)
     if device.type == "cpu":
         limit_memory(args.memory_gb)
+    keep_freed_memory(device)
     work = Workload(config, device)
     eager = work.step(compiled=False)
     recorder = record(eager)

@@ -78,7 +78,7 @@ def name_of(operation: str, arguments: dict[str, Any], results: list[Tensor]) ->
     if operation.startswith(OUR_ATTENTION):
         _, tokens, _, heads, width = arguments["qkv"].shape
         back = ", backward" if operation.endswith("_backward") else ""
-        return f"cpu bf16 attention, {tokens} tokens, {heads} heads of {width}{back}"
+        return f"avx512 attention, {tokens} tokens, {heads} heads of {width}{back}"
     if operation in MATMULS:
         factors = [tensor for tensor in given if tensor.dim() > 1][-2:]
         return f"product {' @ '.join(_shape(tensor.shape) for tensor in factors)}"

@@ -97,7 +97,7 @@ WHAT = {
     "engine": "the step of ddpm_dist: fused AdamW, foreach average, guard against non-finite steps, Philox draws, no loss.item()",
     "compiled": "torch.compile of the network (on a GPU also of the noise)",
     "sdpa_backend": "the kernel of each attention: on a GPU train.attention=measured, the backend that was measured fastest for its shape; "
-    "on a CPU with AVX-512 BF16 our own (cpu_bf16), as train.attention=auto chooses",
+    "on a CPU with AVX-512 our own where it pays, as train.attention=auto chooses",
     "step_graph": "train.cuda_graph=true: the whole step (forward, backward, optimizer, average) is one CUDA graph",
 }
 
@@ -122,9 +122,11 @@ def missing(name: str, config: Config, device: torch.device) -> str | None:
 def _no_kernel_of_ours(config: Config) -> str | None:
     from ddpm_dist.models import attention_cpu
 
-    if config.train.precision != "bf16" or not attention_cpu.is_made_for_this():
-        return "ours is for bf16 on processors with AVX-512 BF16"
-    return attention_cpu.why_not() if attention_cpu.pays() else "where there are matrix units auto leaves it to torch"
+    dtype = attention_backends.DTYPES.get(config.train.precision, torch.float32)
+    shapes = attention_backends.attention_shapes(config)
+    if not any(attention_cpu.pays(tokens, width, dtype) for tokens, _, width in shapes):
+        return "ours pays for no shape here"
+    return attention_cpu.why_not(dtype)
 
 
 def ladder(config: Config, device: torch.device) -> list[tuple[str, str, Switches, str | None]]:

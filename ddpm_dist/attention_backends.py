@@ -17,7 +17,7 @@ from ddpm_dist.models import build_model
 from ddpm_dist.models.blocks import Attention, AttentionBackend, attend
 from ddpm_dist.runtime import Runtime
 
-OURS = "cpu_bf16"  # models/attention_cpu.py
+OURS = "avx512"  # models/attention_cpu.py
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -45,18 +45,18 @@ def backend_named(name: str) -> AttentionBackend:
         return SDPA[name]
     from ddpm_dist.models import attention_cpu
 
-    return attention_cpu.attention
+    return attention_cpu.always
 
 
 def why_not_ours(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why cpu_bf16 cannot compute such heads here; None: it can. May compile it, which takes seconds."""
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        return "cpu_bf16 is for train.precision=bf16 on a CPU"
+    """Why avx512 cannot compute such heads here; None: it can. May compile it, which takes seconds."""
+    if device.type != "cpu":
+        return "avx512 is for CPUs"
     from ddpm_dist.models import attention_cpu
 
     if head_dim not in attention_cpu.WIDTHS:
-        return f"cpu_bf16 is for heads of {', '.join(map(str, attention_cpu.WIDTHS))} features"
-    return attention_cpu.why_not()
+        return f"avx512 is for heads of {', '.join(map(str, attention_cpu.WIDTHS))} features"
+    return attention_cpu.why_not(dtype)
 
 
 def attention_shapes(config: Config) -> dict[Shape, list[str]]:
@@ -135,7 +135,7 @@ def pin(network: nn.Module, config: Config, batch: int, runtime: Runtime, record
         return {}
     device, dtype = runtime.device, DTYPES.get(config.train.precision, torch.float32)
     if kind == "auto":
-        _choose_ours(network, dtype, runtime)
+        _choose_ours(network, config, dtype, runtime)
         return {}
     chosen: dict[str, str] = {}
     for shape, names in attention_shapes(config).items():
@@ -148,22 +148,24 @@ def pin(network: nn.Module, config: Config, batch: int, runtime: Runtime, record
     return chosen
 
 
-def _choose_ours(network: nn.Module, dtype: torch.dtype, runtime: Runtime) -> None:
-    """cpu_bf16 for the heads that it can compute, where it pays; on all ranks or none."""
-    if runtime.device.type != "cpu" or dtype != torch.bfloat16:
+def _choose_ours(network: nn.Module, config: Config, dtype: torch.dtype, runtime: Runtime) -> None:
+    """avx512 where it pays, on all ranks or none."""
+    if runtime.device.type != "cpu":
         return
     from ddpm_dist.models import attention_cpu
 
-    possible = attention_cpu.pays()
-    reason = attention_cpu.why_not() if possible and runtime.is_main else None  # first on one rank: it compiles for all
+    possible = any(attention_cpu.pays(tokens, width, dtype) for tokens, _, width in attention_shapes(config))
+    reason = (
+        attention_cpu.why_not(dtype) if possible and runtime.is_main else None
+    )  # first on one rank: it compiles for all
     if runtime.world_size > 1:
         possible, reason = runtime.broadcast((possible, reason))
-        mine = attention_cpu.why_not() if possible and reason is None else None
+        mine = attention_cpu.why_not(dtype) if possible and reason is None else None
         reason = runtime.broadcast(next(filter(None, runtime.gather(mine) or []), None) or reason)
     if possible and reason and runtime.is_main:
-        print(f"attention: torch's own, which is slower in bf16 here, because {reason}", flush=True)
+        print(f"attention: torch's own, slower here than avx512, which cannot be had: {reason}", flush=True)
     if possible and not reason:
-        attention_cpu.use_in(network)
+        attention_cpu.use_in(network, dtype)
 
 
 def _choose(shape: Shape, batch: int, dtype: torch.dtype, runtime: Runtime, candidates: list[str], kind: str) -> str:

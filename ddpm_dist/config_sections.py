@@ -173,9 +173,9 @@ class Train(Section):
     channels_last: bool = False
     # replay the whole step as one CUDA graph: for small batches per GPU (DDP, no accumulation)
     cuda_graph: bool = False
-    # Kernel of attention: chosen by rule (torch's choice; on CPUs with AVX-512 BF16 cpu_bf16), the fastest for each shape as measured at
-    # the first start, or always one: a backend of scaled_dot_product_attention, or cpu_bf16, ours for bf16 on such CPUs.
-    attention: Literal["auto", "measured", "flash", "efficient", "cudnn", "math", "cpu_bf16"] = "auto"
+    # Kernel of attention: chosen by rule (torch's choice, on CPUs with AVX-512 ours where it is faster), the fastest for each shape as
+    # measured at the first start, or always one: a backend of scaled_dot_product_attention, or avx512, ours for CPUs.
+    attention: Literal["auto", "measured", "flash", "efficient", "cudnn", "math", "avx512"] = "auto"
     grad_clip: float | None = Field(None, gt=0)  # largest gradient norm
     label_dropout: float = Field(0.1, ge=0, le=1)
     # How gradients are summed; tree: in one order for every world size, so that parameters are equal to the bit (slow, DDP only).

@@ -68,7 +68,7 @@ def test_what_a_device_has_not_is_refused_with_the_shape(alone):
 
 def test_a_run_that_goes_on_keeps_what_it_measured(alone, monkeypatch, capsys):
     config = config_of("train.attention=measured")
-    times = {"flash": 2.0, "math": 1.0, "cpu_bf16": None}
+    times = {"flash": 2.0, "math": 1.0, "avx512": None}
     monkeypatch.setattr(backends, "seconds", lambda *arguments: times[arguments[-1]])
     first = backends.pin(network_of(config), config, 4, alone, None)
     assert set(first.values()) == {"math"} and "math it is" in capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_the_time_that_is_measured_is_real(alone):
     few, many = (backends.seconds((tokens, 2, 16), 2, torch.float32, alone.device, "flash") for tokens in (64, 1024))
     assert 0 < few < many / 8
     assert backends.seconds((64, 2, 16), 2, torch.float32, alone.device, "cudnn") is None
-    assert backends.seconds((64, 2, 16), 2, torch.float32, alone.device, "cpu_bf16") is None
+    assert backends.seconds((64, 2, 24), 2, torch.float32, alone.device, "avx512") is None
 
 
 def test_a_real_run_measures_records_and_resumes_to_the_bit(tmp_path):

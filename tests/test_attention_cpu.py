@@ -1,4 +1,4 @@
-"""Our attention for CPUs with bf16 arithmetic: as exact as torch's, the same on any number of threads, and only where it can run."""
+"""Our attention for CPUs with AVX-512: as exact as torch's, the same on any number of threads, and only where it can run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ from ddpm_dist.errors import UserError
 from ddpm_dist.models import attention_cpu
 from ddpm_dist.models.blocks import Attention, attend
 
-needs_bf16 = pytest.mark.skipif(
-    not attention_cpu.is_made_for_this(), reason="this processor has no AVX-512 BF16 instructions"
+needs_avx512 = pytest.mark.skipif(not attention_cpu.HAS_AVX512, reason="this processor has no AVX-512 instructions")
+needs_bf16 = pytest.mark.skipif(not attention_cpu.HAS_BF16, reason="this processor has no AVX-512 BF16 instructions")
+F32, B16 = torch.float32, torch.bfloat16
+both_types = pytest.mark.parametrize(
+    "dtype", [pytest.param(F32, marks=needs_avx512, id="fp32"), pytest.param(B16, marks=needs_bf16, id="bf16")]
 )
+ROUNDING = {F32: 2e-6, B16: 0.003}
 SIXTEEN = "model.width=32"  # heads of 16 in the tiny network
-BF16 = ("train.precision=bf16", SIXTEEN)
+LARGE = (SIXTEEN, "data.image_size=64")  # over 1,024 tokens
+BF16 = (SIXTEEN, "train.precision=bf16")
 
 
 def by_torch(qkv):
@@ -35,42 +40,44 @@ def both(function, qkv, gradient):
 
 
 def off(found, exact):
-    return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-30))
+    return float((found.detach().double() - exact.detach().double()).norm() / exact.detach().norm().clamp(min=1e-30))
 
 
-def numbers(*shape, scale=1.0, seed=0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+def numbers(*shape, dtype, scale=1.0, seed=0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-@needs_bf16
+@both_types
 @pytest.mark.parametrize("width", attention_cpu.WIDTHS)
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 63, 64, 65, 129, 256, 1000])
-def test_output_and_gradients_are_as_exact_as_torch_s(tokens, width):
-    qkv, gradient = numbers(2, tokens, 3, 3, width, scale=1.5), numbers(2, tokens, 3, width, seed=1)
+def test_output_and_gradients_are_as_exact_as_torch_s(tokens, width, dtype):
+    qkv = numbers(2, tokens, 3, 3, width, scale=1.5, dtype=dtype)
+    gradient = numbers(2, tokens, 3, width, seed=1, dtype=dtype)
     exact = both(by_torch, qkv.double(), gradient.double())
     ours, theirs = both(attention_cpu.attention, qkv, gradient), both(by_torch, qkv, gradient)
     for mine, other, right in zip(ours, theirs, exact, strict=True):
-        assert mine.dtype == torch.bfloat16 and mine.shape == right.shape
-        assert off(mine, right) <= max(1.1 * off(other, right), 0.003)
+        assert mine.dtype == dtype and mine.shape == right.shape
+        assert off(mine, right) <= max(1.1 * off(other, right), ROUNDING[dtype])
 
 
-@needs_bf16
+@both_types
 @pytest.mark.parametrize("shift", [0.0, 25.0, -25.0])
-def test_scores_of_hundreds_neither_overflow_nor_vanish(shift):
+def test_scores_of_hundreds_neither_overflow_nor_vanish(shift, dtype):
     """Scores from about -5,000 to 5,000, or all far above or below 0 (queries and keys share a direction)."""
-    qkv, gradient = numbers(1, 77, 3, 2, 16, scale=40.0), numbers(1, 77, 2, 16, seed=1)
+    qkv = numbers(1, 77, 3, 2, 16, scale=40.0, dtype=dtype)
     if shift:
-        qkv = numbers(1, 77, 3, 2, 16)
+        qkv = numbers(1, 77, 3, 2, 16, dtype=dtype)
         qkv[:, :, 0] += abs(shift)
         qkv[:, :, 1] += shift
+    gradient = numbers(1, 77, 2, 16, seed=1, dtype=dtype)
     exact = both(by_torch, qkv.double(), gradient.double())
     for mine, right in zip(both(attention_cpu.attention, qkv, gradient), exact, strict=True):
-        assert mine.isfinite().all() and off(mine, right) < 0.02
+        assert mine.isfinite().all() and off(mine, right) < {F32: 2e-3, B16: 0.02}[dtype]
 
 
-@needs_bf16
-def test_the_result_depends_neither_on_threads_nor_on_the_rest_of_the_batch():
-    qkv, gradient = numbers(3, 200, 3, 2, 32), numbers(3, 200, 2, 32, seed=1)
+@both_types
+def test_the_result_depends_neither_on_threads_nor_on_the_rest_of_the_batch(dtype):
+    qkv, gradient = numbers(3, 200, 3, 2, 32, dtype=dtype), numbers(3, 200, 2, 32, seed=1, dtype=dtype)
     whole, before = both(attention_cpu.attention, qkv, gradient), torch.get_num_threads()
     try:
         for threads in (1, 2, 5, 64):
@@ -82,144 +89,191 @@ def test_the_result_depends_neither_on_threads_nor_on_the_rest_of_the_batch():
         torch.set_num_threads(before)
 
 
-@needs_bf16
-def test_layouts_that_are_not_contiguous():
-    qkv, gradient = numbers(2, 3, 40, 4, 16).transpose(1, 2), numbers(2, 4, 40, 16, seed=1).transpose(1, 2)
+@both_types
+def test_layouts_that_are_not_contiguous(dtype):
+    qkv = numbers(2, 3, 40, 4, 16, dtype=dtype).transpose(1, 2)
+    gradient = numbers(2, 4, 40, 16, seed=1, dtype=dtype).transpose(1, 2)
     assert not qkv.is_contiguous() and not gradient.is_contiguous()
     mine = both(attention_cpu.attention, qkv, gradient)
-    for found, expected in zip(
-        mine, both(attention_cpu.attention, qkv.contiguous(), gradient.contiguous()), strict=True
-    ):
-        assert torch.equal(found, expected)
+    other = both(attention_cpu.attention, qkv.contiguous(), gradient.contiguous())
+    assert all(map(torch.equal, mine, other))
 
 
-@needs_bf16
+@both_types
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_what_is_not_finite_stays_visible(value, part):
+def test_what_is_not_finite_stays_visible(value, part, dtype):
     """The guard against non-finite steps looks at what comes out."""
-    qkv = numbers(1, 80, 3, 1, 16)
+    qkv = numbers(1, 80, 3, 1, 16, dtype=dtype)
     qkv[0, 70, part, 0, 3] = value
-    out, gradient = both(attention_cpu.attention, qkv, numbers(1, 80, 1, 16, seed=1))
+    out, gradient = both(attention_cpu.attention, qkv, numbers(1, 80, 1, 16, seed=1, dtype=dtype))
     assert not gradient.isfinite().all()
     if value != value or part == 2:
         assert not out[0, 70].isfinite().all()
 
 
-@needs_bf16
-def test_an_empty_batch():
-    out, gradient = both(attention_cpu.attention, numbers(0, 64, 3, 4, 16), numbers(0, 64, 4, 16))
-    assert out.shape == (0, 64, 4, 16) and gradient.shape == (0, 64, 3, 4, 16)
+@both_types
+def test_an_empty_batch(dtype):
+    qkv, gradient = numbers(0, 64, 3, 4, 16, dtype=dtype), numbers(0, 64, 4, 16, dtype=dtype)
+    out, found = both(attention_cpu.attention, qkv, gradient)
+    assert out.shape == (0, 64, 4, 16) and found.shape == (0, 64, 3, 4, 16)
 
 
-@needs_bf16
-def test_it_is_an_operation_that_torch_can_trace():
-    qkv = numbers(1, 33, 3, 2, 16).requires_grad_()
+@both_types
+def test_it_is_an_operation_that_torch_can_trace(dtype):
+    qkv = numbers(1, 33, 3, 2, 16, dtype=dtype).requires_grad_()
     results = torch.library.opcheck(torch.ops.ddpm_dist.attention_cpu.default, (qkv,))
     assert set(results.values()) == {"SUCCESS"}
 
 
-@needs_bf16
-def test_other_sizes_of_heads_are_an_error_and_other_types_go_to_torch():
+@needs_avx512
+def test_a_compiled_network_calls_it():
+    torch.manual_seed(0)
+    module = Attention(64, 4)
+    module.backend = attention_cpu.where_it_pays
+    x = torch.randn(1, 1024, 64)
+    eager = module(x)
+    (expected,) = torch.autograd.grad(eager.square().sum(), module.in_proj_weight)
+    with torch.profiler.profile() as seen:
+        out = torch.compile(module, fullgraph=True)(x)
+        (found,) = torch.autograd.grad(out.square().sum(), module.in_proj_weight)
+    names = {event.key for event in seen.key_averages()}
+    assert {"ddpm_dist::attention_cpu", "ddpm_dist::attention_cpu_backward"} <= names
+    assert off(out, eager) < 1e-5 and off(found, expected) < 1e-5
+
+
+@needs_avx512
+def test_other_heads_are_an_error_and_other_numbers_go_to_torch():
     with pytest.raises(RuntimeError, match="heads have 16, 32, 64 features"):
-        attention_cpu.attention(numbers(1, 8, 3, 2, 24))
-    qkv = torch.randn(1, 8, 3, 2, 16)
-    assert torch.equal(attend(qkv, attention_cpu.attention), attend(qkv, None))
+        attention_cpu.attention(numbers(1, 8, 3, 2, 24, dtype=F32))
+    with pytest.raises(native.NotBuilt, match="for float32 and bfloat16, not torch.float64"):
+        attention_cpu.attention(torch.zeros(1, 8, 3, 2, 16, dtype=torch.float64))
+    qkv = numbers(1, 8, 3, 2, 16, dtype=torch.float64)
+    for backend in (attention_cpu.always, attention_cpu.where_it_pays):
+        assert torch.equal(attend(qkv, backend), attend(qkv, None))
 
 
-@needs_bf16
-def test_auto_chooses_it_where_it_can_run(alone, monkeypatch, capsys):
+@needs_avx512
+def test_the_rule_is_applied_to_each_shape(monkeypatch):
+    seen = []
+    monkeypatch.setattr(attention_cpu, "attention", lambda qkv: seen.append(tuple(qkv.shape)) or qkv[:, :, 0])
+    for tokens, width in ((1024, 16), (1023, 16), (1024, 32), (1024, 64)):
+        assert attend(numbers(1, tokens, 3, 1, width, dtype=F32), attention_cpu.where_it_pays).shape == (
+            1,
+            tokens,
+            1,
+            width,
+        )
+    assert seen == [(1, 1024, 3, 1, 16), (1, 1024, 3, 1, 32)]
+    monkeypatch.setattr(attention_cpu, "HAS_BF16", True)
+    assert attention_cpu.pays(4, 64, B16) and not attention_cpu.pays(4096, 24, B16)
+    monkeypatch.setattr(attention_cpu, "HAS_AMX", True)
+    assert not attention_cpu.pays(4096, 16, B16) and attention_cpu.pays(4096, 16, F32)
+    monkeypatch.setattr(attention_cpu, "HAS_BF16", False)
+    monkeypatch.setattr(attention_cpu, "HAS_AVX512", False)
+    assert not any(attention_cpu.pays(4096, 16, dtype) for dtype in (F32, B16))
+    assert attention_cpu.why_not(F32) == "this processor has no AVX-512 instructions"
+
+
+@both_types
+def test_auto_chooses_it_where_it_can_run(alone, monkeypatch, capsys, dtype):
     from test_attention_backends import config_of, network_of
+
+    paying = (*LARGE, f"train.precision={'bf16' if dtype == B16 else 'fp32'}")
+    monkeypatch.setattr(attention_cpu, "HAS_AMX", False)
 
     def chosen(*overrides):
         config = config_of(*overrides)
         network = network_of(config)
-        assert backends.pin(network, config, 4, alone) == {}  # what a rule decides is not kept in the checkpoint
+        recorded = backends.pin(network, config, 4, alone)
+        assert bool(recorded) == (config.train.attention != "auto")  # what a rule decides is not kept in the checkpoint
         return {module.backend for module in network.modules() if isinstance(module, Attention)}
 
-    assert chosen(*BF16) == {attention_cpu.attention}
-    assert chosen("train.precision=bf16") == {None}  # heads of 2
-    assert chosen(SIXTEEN) == {None}  # float32
+    assert chosen(*paying) == {attention_cpu.where_it_pays}
+    assert chosen("train.precision=bf16") == chosen() == {None}  # heads of 2
+    assert chosen(SIXTEEN) == {None}  # few tokens
+    assert chosen(*paying, "train.attention=avx512") == {attention_cpu.always}
+    with pytest.raises(UserError, match="avx512 is for heads of 16, 32, 64 features"):
+        chosen("train.attention=avx512")
     assert capsys.readouterr().out == ""
-    with monkeypatch.context() as patch:
-        patch.setattr(attention_cpu, "_flags", lambda: frozenset(("amx_bf16", *attention_cpu.NEEDED)))
-        assert chosen(*BF16) == {None}
-        assert capsys.readouterr().out == ""
-    with monkeypatch.context() as patch:
-        patch.setattr(attention_cpu, "_answer", lambda: "there is no C++ compiler")
-        assert chosen(*BF16) == {None}
-        assert "attention: torch's own, which is slower" in capsys.readouterr().out
-        with pytest.raises(UserError, match=r"no cpu_bf16 attention for 64 tokens .*there is no C\+\+ compiler"):
-            backends.pin(network_of(config_of(*BF16)), config_of(*BF16, "train.attention=cpu_bf16"), 4, alone)
-    with pytest.raises(UserError, match="cpu_bf16 is for heads of 16, 32, 64 features"):
-        chosen("train.precision=bf16", "train.attention=cpu_bf16")
-    with pytest.raises(UserError, match="cpu_bf16 is for train.precision=bf16 on a CPU"):
-        chosen(SIXTEEN, "train.attention=cpu_bf16")
+    monkeypatch.setattr(attention_cpu, "_answer", lambda: "there is no C++ compiler")
+    assert chosen(*paying) == {None}
+    assert "attention: torch's own, slower here than avx512" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no avx512 attention for 1024 tokens .*there is no C\+\+ compiler"):
+        chosen(*paying, "train.attention=avx512")
 
 
-@needs_bf16
-def test_the_network_computes_the_same_with_it(alone):
+@both_types
+def test_the_network_computes_the_same_with_it(alone, dtype):
     from test_attention_backends import config_of, network_of
 
-    config = config_of(*BF16)
-    plain, ours = network_of(config), network_of(config)
-    backends.pin(ours, config, 4, alone)
+    config = config_of(SIXTEEN, "train.attention=avx512", f"train.precision={'bf16' if dtype == B16 else 'fp32'}")
+    networks = {"torch": network_of(config), "ours": network_of(config)}
+    backends.pin(networks["ours"], config, 4, alone)
     x, t, y = torch.randn(4, 1, 16, 16), torch.arange(4), torch.arange(4)
-    exact = plain(x, t, y)
-    exact.square().mean().backward()
+    exact = network_of(config).double()
+    right = exact(x.double(), t, y)
+    right.square().mean().backward()
     found = {}
-    for name, network in {"torch": network_of(config), "ours": ours}.items():
-        with torch.autocast("cpu", torch.bfloat16):
+    for name, network in networks.items():
+        with torch.autocast("cpu", B16, enabled=dtype == B16):
             out = network(x, t, y)
         out.float().square().mean().backward()
-        gradients = [torch.cat([p.grad.flatten() for p in net.parameters()]) for net in (network, plain)]
-        found[name] = (off(out, exact.double()), off(gradients[0], gradients[1].double()))
-    assert found["ours"][0] < 1.5 * found["torch"][0] + 1e-4 and found["ours"][1] < 1.5 * found["torch"][1] + 1e-4, (
-        found
-    )
+        mine, expected = (torch.cat([p.grad.flatten() for p in net.parameters()]) for net in (network, exact))
+        found[name] = (off(out, right), off(mine, expected))
+    assert found["ours"][0] != found["torch"][0]
+    assert all(ours < 1.5 * torchs + 1e-7 for ours, torchs in zip(found["ours"], found["torch"], strict=True)), found
 
 
-@needs_bf16
+@needs_avx512
 def test_a_real_run_with_it_resumes_to_the_bit_and_follows_the_one_without(tmp_path):
-    audit = (*BF16, "train.audit=true", "train.audit_params_every=1", "optim.decay_images=96")
+    dtype = B16 if attention_cpu.HAS_BF16 else F32
+    audit = ("train.audit=true", "train.audit_params_every=1", "optim.decay_images=96")
+    audit += BF16 if dtype == B16 else (SIXTEEN,)
     for images in (48, 96):
-        result = train(tmp_path / "cut", f"train.images={images}", *audit, ranks=2)
+        result = train(tmp_path / "cut", f"train.images={images}", "train.attention=avx512", *audit, ranks=2)
         assert result.returncode == 0, result.stdout + result.stderr
-    for name, kind in {"whole": "cpu_bf16", "torch": "flash"}.items():
-        result = train(tmp_path / name, "train.images=96", *audit, f"train.attention={kind}", ranks=2)
+    for kind in ("avx512", "flash"):
+        result = train(tmp_path / kind, "train.images=96", *audit, f"train.attention={kind}", ranks=2)
         assert result.returncode == 0, result.stdout + result.stderr
-    cut, whole, other = (lines(tmp_path / name / "audit.jsonl") for name in ("cut", "whole", "torch"))
+    cut, whole, other = (lines(tmp_path / name / "audit.jsonl") for name in ("cut", "avx512", "flash"))
     assert cut == whole and cut != other
-    losses = [[record["loss"] for record in lines(tmp_path / name / "metrics.jsonl")] for name in ("whole", "torch")]
-    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    losses = [[record["loss"] for record in lines(tmp_path / name / "metrics.jsonl")] for name in ("avx512", "flash")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02 if dtype == B16 else 1e-5)
 
 
-@needs_bf16
+@needs_avx512
 def test_without_a_compiler_training_goes_on_and_says_so(tmp_path):
-    result = train(
-        tmp_path / "run", "train.images=24", *BF16,
-        CXX="/nowhere/c++", DDPM_DIST_CACHE=str(tmp_path / "cache"), ranks=2,
-    )  # fmt: skip
+    nothing = {"CXX": "/nowhere/c++", "DDPM_DIST_CACHE": str(tmp_path / "cache")}
+    result = train(tmp_path / "run", "train.images=12", *LARGE, ranks=2, **nothing)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("attention: torch's own") == 1 and "/nowhere/c++ cannot be run" in result.stdout
+    result = train(tmp_path / "small", "train.images=12", **nothing)
+    assert result.returncode == 0 and "attention:" not in result.stdout  # what would not pay is not missed
 
 
-@needs_bf16
-@pytest.mark.skipif(not attention_cpu.pays(), reason="torch's own is used where there are matrix units")
-def test_sampling_in_bf16_uses_it_and_gives_the_same_images(alone):
+@both_types
+def test_sampling_uses_it_where_it_pays_and_gives_the_same_images(monkeypatch, dtype):
     from test_attention_backends import config_of, network_of
 
     from ddpm_dist.diffusion.reverse import ReverseProcess
     from ddpm_dist.diffusion.schedule import Schedule
 
-    network, schedule = network_of(config_of(SIXTEEN)).eval(), Schedule(20)
+    monkeypatch.setattr(attention_cpu, "HAS_AMX", False)
+    network, schedule = network_of(config_of(*LARGE)).eval(), Schedule(20)
     attentions = [module for module in network.modules() if isinstance(module, Attention)]
-    images = {}
-    for dtype in (None, torch.bfloat16):
-        process = ReverseProcess(network, schedule, (3, 1, 16, 16), labelled=True, device="cpu", dtype=dtype)
-        assert {module.backend for module in attentions} == {attention_cpu.attention if dtype else None}
-        images[dtype] = process.run(7, torch.arange(3), torch.arange(3))
-    assert 0 < off(images[torch.bfloat16], images[None].double()) < 0.05
+    images = []
+    for own in (False, True):
+        with monkeypatch.context() as patch:
+            if not own:
+                patch.setattr(attention_cpu, "_answer", lambda: "not now")
+            process = ReverseProcess(
+                network, schedule, (2, 1, 64, 64), sampler="ddim", steps=4, labelled=True, device="cpu",
+                dtype=None if dtype == F32 else B16,
+            )  # fmt: skip
+        assert {module.backend for module in attentions} == {attention_cpu.where_it_pays if own else None}
+        images.append(process.run(7, torch.arange(2), torch.arange(2)))
+    assert 0 < off(images[1], images[0]) < {F32: 1e-5, B16: 0.02}[dtype]
 
 
 # --- the program -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from benchmarks.kernels_replay import Clock, Way, attention_ways, inputs, prepar
 from benchmarks.kernels_step import Workload, record, settings
 from benchmarks.report_schema import Kernels
 from ddpm_dist.flops import training_flops
+from ddpm_dist.models import attention_cpu
 
 CPU = torch.device("cpu")
 CLOCK = Clock(CPU)
@@ -54,6 +55,23 @@ def test_recorded_products_are_those_of_the_network(channels_last):
         "_fused_adamw_",
         "_foreach_lerp_",
     }
+
+
+@pytest.mark.skipif(not attention_cpu.pays(64, 16, torch.bfloat16), reason="not used here")
+def test_our_attention_is_recorded_with_its_products_and_races_with_torch_s():
+    work, recorder = recorded("train.precision=bf16", "model.width=16", "model.heads=1", batch=3)
+    there = [kernel for kernel in recorder.kernels if kernel.group == "attention"]
+    found = {kernel.name: kernel for kernel in there}
+    forward, backward = (found[f"avx512 attention, 64 tokens, 1 heads of 16{end}"] for end in ("", ", backward"))
+    scores = 3 * 64 * 64
+    assert (forward.flops, backward.flops) == (2 * 2 * 16 * scores, 5 * 2 * 16 * scores)
+    tensor = 3 * 64 * 16 * 2  # bytes
+    assert (forward.bytes, backward.bytes) == (4 * tensor + 3 * 64 * 4, 8 * tensor + 3 * 64 * 4)
+    raced = {kernel.name: (ways, best) for kernel, ways, best in kernels.measured(there, CLOCK, 5)}
+    for kernel in (forward, backward):
+        ways, best = raced[kernel.name]
+        assert [way["way"] for way in ways] == ["as it is", "flash", "math"]
+        assert not any(way["problem"] for way in ways) and best["ms"] > 0
 
 
 def test_each_kernel_is_counted_with_its_bytes():

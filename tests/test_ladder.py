@@ -17,7 +17,7 @@ from benchmarks.ladder_rungs import Setting, Switches, answer, compare
 from benchmarks.reference import ReferenceLoop, write_image_folder
 from benchmarks.sampling_entrant import OUT_OF_MEMORY
 from ddpm_dist.config import load_config
-from ddpm_dist.models import blocks
+from ddpm_dist.models import attention_cpu, blocks
 
 CPU = torch.device("cpu")
 TINY = ["--batch", "2", "data.image_size=8", "model.width=4", "train.precision=fp32"]
@@ -32,6 +32,19 @@ def run(tmp_path, *words: str) -> tuple[int, dict]:
     target = tmp_path / "report.json"
     code = ladder.main([*TINY, *SHORT, "--json", str(target), *words])
     return code, json.loads(target.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.skipif(not attention_cpu.pays(64, 16, torch.bfloat16), reason="not used here")
+def test_our_attention_is_a_rung_and_stands_in_the_table_of_backends(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder_parts, "TURN_SECONDS", 0.0)
+    code, report = run(tmp_path, "train.precision=bf16", "model.width=32")
+    rung = next(each for each in report["rungs"] if each["name"] == "sdpa_backend")
+    assert code == 0 and rung["problem"] is None and 0 < rung["gradient_error"] < 0.05
+    ways = {(each["tokens"], each["head_dim"]): set() for each in report["attention"]}
+    for each in report["attention"]:
+        ways[each["tokens"], each["head_dim"]].add(each["variant"])
+        assert each["problem"] is None
+    assert ways[16, 16] == {"flash", "math", "avx512"}
 
 
 def test_the_report_fits_together(tmp_path, capsys, monkeypatch):

@@ -73,11 +73,10 @@ class ReverseProcess:
             raise ValueError("the network was made without labels: leave labels out")
         self.schedule, self.shape, self.device = schedule, tuple(shape), torch.device(device)
         self._network, self._dtype = network, dtype
-        if dtype == torch.bfloat16 and self.device.type == "cpu":
+        if self.device.type == "cpu":
             from ddpm_dist.models import attention_cpu
 
-            if attention_cpu.pays() and attention_cpu.why_not() is None:
-                attention_cpu.use_in(network)
+            attention_cpu.use_in(network, dtype or torch.float32)
         self._threshold = lambda x0: threshold(x0, thresholding, value_range, percentile)
         self._range, self._scale, self._rescale = tuple(value_range), guidance, guidance_rescale
         visited, matrices = samplers.table(schedule, sampler, steps, spacing, variance, eta)

@@ -1,6 +1,6 @@
-"""Attention on a CPU with bf16 arithmetic, by a program of our own (attention_cpu.cpp), as an operation of torch.
+"""Attention on a CPU with AVX-512, by a program of our own (attention_cpu.cpp), as an operation of torch.
 
-torch's own computes the products of narrow heads in float32 or by a library that gains nothing from bf16 there: at heads of 16 features,
+torch's own spends most of its time beside the products when heads are narrow, and gains nothing from bf16 then: at heads of 16 features,
 which the flagship has over 4,096 tokens, it was what a CPU's training step waited for most.
 """
 
@@ -15,25 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_dist import native
-from ddpm_dist.models.blocks import Attention
+from ddpm_dist.models.blocks import Attention, attend
 
 WIDTHS = (16, 32, 64)  # of a head
-FLAGS = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"]
-NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
-CLOSE = 0.02  # largest relative distance from float64 at the first use; bf16 itself costs a quarter of it
+FLAGS = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+MANY = 1 << 20  # tokens
+# Largest relative distance from float64 at the first use; rounding alone costs a quarter of it.
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
 
-def why_not() -> str | None:
-    """Why this machine cannot compute it; None: it can. The first call may compile, which takes seconds."""
-    try:
-        _library()
-    except native.NotBuilt as reason:
-        return str(reason)
-    return None
-
-
-@functools.cache
-def _flags() -> frozenset[str]:
+def _processor() -> frozenset[str]:
+    """What it can, in the words of the system; nothing where that does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -41,61 +34,107 @@ def _flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def is_made_for_this() -> bool:
-    """Whether the processor has the instructions; a compiler may still be missing."""
-    return all(flag in _flags() for flag in NEEDED)
+CAN = _processor()
+HAS_AVX512 = all(flag in CAN for flag in NEEDED)
+HAS_BF16 = HAS_AVX512 and "avx512_bf16" in CAN
+HAS_AMX = "amx_bf16" in CAN  # matrix units, which torch's own makes use of
 
 
-def pays() -> bool:
-    """Whether it is what train.attention=auto takes here, if it compiles: not where the processor has matrix units, which torch's own
-    makes use of (there nobody has measured which is faster)."""
-    return is_made_for_this() and "amx_bf16" not in _flags()
+def why_not(dtype: torch.dtype) -> str | None:
+    """Why this machine cannot compute it on such numbers; None: it can. The first call may compile, which takes seconds."""
+    if dtype not in CLOSE:
+        return f"it is for float32 and bfloat16, not {dtype}"
+    if not HAS_AVX512 or (dtype == torch.bfloat16 and not HAS_BF16):
+        return f"this processor has no AVX-512{' BF16' if HAS_AVX512 else ''} instructions"
+    found = _answer()
+    return found if isinstance(found, str) else None
 
 
-def use_in(network: nn.Module) -> None:
-    """Let every attention of ``network`` compute with it whose heads it can, and for which nothing else was chosen."""
-    for module in network.modules():
-        if (
-            isinstance(module, Attention)
-            and module.backend is None
-            and module.out_proj.in_features // module.heads in WIDTHS
-        ):
-            module.backend = attention
+def pays(tokens: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether it was measured faster than torch's own, for so many tokens and features of a head (``benchmarks.ladder``: attention).
+
+    In float32 few tokens or wide heads are quicker in a matrix library. In bf16 it was faster for all, but on processors with matrix
+    units nobody has measured it: there torch's own stays.
+    """
+    if dtype == torch.bfloat16:
+        return HAS_BF16 and not HAS_AMX and width in WIDTHS
+    return dtype == torch.float32 and HAS_AVX512 and width in (16, 32) and tokens >= 1024
+
+
+def where_it_pays(qkv: Tensor) -> Tensor:
+    """``blocks.attend`` by whichever is faster. Only after ``why_not`` has said that nothing is in the way."""
+    _, tokens, _, _, width = qkv.shape
+    return attention(qkv) if qkv.device.type == "cpu" and pays(tokens, width, qkv.dtype) else attend(qkv, None)
+
+
+def always(qkv: Tensor) -> Tensor:
+    """``blocks.attend`` by ours for all numbers that it knows."""
+    known = qkv.dtype == torch.float32 or (qkv.dtype == torch.bfloat16 and HAS_BF16)
+    return attention(qkv) if qkv.device.type == "cpu" and known else attend(qkv, None)
+
+
+def use_in(network: nn.Module, dtype: torch.dtype) -> str | None:
+    """Let it compute every attention of ``network`` where it pays on such numbers, unless another backend was chosen.
+
+    Returns why it cannot where it would pay for enough tokens; nothing is compiled for networks where it never pays.
+    """
+    modules = [
+        module
+        for module in network.modules()
+        if isinstance(module, Attention)
+        and module.backend is None
+        and pays(MANY, module.out_proj.in_features // module.heads, dtype)
+    ]
+    if not modules:
+        return None
+    if reason := why_not(dtype):
+        return reason
+    for module in modules:
+        module.backend = where_it_pays
+    return None
+
+
+def attention(qkv: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v of every head, with gradients.
+
+    qkv: (B, N, 3, heads, D) float32 or bfloat16 on the CPU, D one of ``WIDTHS``: query, key and value of every token. Returns
+    (B, N, heads, D) of the same type. Sums are float32; of bfloat16 the weights and their gradients are rounded to bfloat16, as in torch's
+    kernels. The result of an image does not depend on the other images or on the number of threads.
+
+    Raises:
+        NotBuilt: the machine cannot compute it (``why_not``).
+    """
+    return _op(qkv)[0]
 
 
 @functools.cache
 def _answer() -> ctypes.CDLL | str:
     """The program, or why there is none; asked once."""
-    missing = [flag for flag in NEEDED if flag not in _flags()]
-    if missing:
-        return f"this processor has no {missing[-1]} instructions"
     try:
-        library = native.load(Path(__file__).with_suffix(".cpp"), FLAGS)
+        library = native.load(Path(__file__).with_suffix(".cpp"), [*FLAGS, *(["-mavx512bf16"] if HAS_BF16 else [])])
     except native.NotBuilt as reason:
         return str(reason)
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.attention_forward.argtypes = [pointer] * 3 + [number] * 5
-    library.attention_backward.argtypes = [pointer] * 5 + [number] * 5
-    error = _distance(library)
-    return (
-        library
-        if error <= CLOSE
-        else f"its result is off by {error:.1%} here: the compiler or the processor is at fault"
-    )
+    flag, pointer, number = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
+    library.attention_forward.argtypes = [flag] + [pointer] * 3 + [number] * 5
+    library.attention_backward.argtypes = [flag] + [pointer] * 5 + [number] * 5
+    for dtype in CLOSE if HAS_BF16 else (torch.float32,):
+        error = _distance(library, dtype)
+        if error > CLOSE[dtype]:
+            return f"its result is off by {error:.1e} in {dtype} here: the compiler or the processor is at fault"
+    return library
 
 
-def _library() -> ctypes.CDLL:
-    found = _answer()
-    if isinstance(found, str):
-        raise native.NotBuilt(found)
-    return found
+def _library(dtype: torch.dtype) -> ctypes.CDLL:
+    if reason := why_not(dtype):
+        raise native.NotBuilt(reason)
+    return _answer()  # type: ignore[return-value]
 
 
-def _distance(library: ctypes.CDLL) -> float:
+def _distance(library: ctypes.CDLL, dtype: torch.dtype) -> float:
     """Of output and gradients from the formulas in float64, on fixed numbers, for a number of tokens that fills no block."""
     tokens, heads, width = 70, 2, 16
     numbers = torch.arange(tokens * 3 * heads * width, dtype=torch.float64)
-    qkv = (6 * (numbers * 0.7548776662).frac() - 3).reshape(1, tokens, 3, heads, width).bfloat16()
+    qkv = (6 * (numbers * 0.7548776662).frac() - 3).reshape(1, tokens, 3, heads, width).to(dtype)
     gradient = qkv[:, :, 0].flip(1).contiguous()
     q, k, v, g = (part[0].transpose(0, 1).double() for part in (*qkv.unbind(2), gradient))  # (heads, tokens, width)
     weights = (q @ k.mT / width**0.5).softmax(-1)
@@ -112,7 +151,8 @@ def _forward(library: ctypes.CDLL, qkv: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, width = qkv.shape
     out, logs = qkv.new_empty(batch, tokens, heads, width), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
     _check(library.attention_forward(
-        qkv.data_ptr(), out.data_ptr(), logs.data_ptr(), batch, tokens, heads, width, torch.get_num_threads()
+        qkv.dtype == torch.bfloat16, qkv.data_ptr(), out.data_ptr(), logs.data_ptr(),
+        batch, tokens, heads, width, torch.get_num_threads(),
     ))  # fmt: skip
     return out, logs
 
@@ -121,7 +161,7 @@ def _backward(library: ctypes.CDLL, qkv: Tensor, out: Tensor, logs: Tensor, grad
     batch, tokens, _, heads, width = qkv.shape
     result = torch.empty_like(qkv)
     _check(library.attention_backward(
-        qkv.data_ptr(), out.data_ptr(), logs.data_ptr(), gradient.data_ptr(), result.data_ptr(),
+        qkv.dtype == torch.bfloat16, qkv.data_ptr(), out.data_ptr(), logs.data_ptr(), gradient.data_ptr(), result.data_ptr(),
         batch, tokens, heads, width, torch.get_num_threads(),
     ))  # fmt: skip
     return result
@@ -136,7 +176,7 @@ def _check(code: int) -> None:
 
 @torch.library.custom_op("ddpm_dist::attention_cpu", mutates_args=(), device_types="cpu")
 def _op(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    return _forward(_library(), qkv.contiguous())
+    return _forward(_library(qkv.dtype), qkv.contiguous())
 
 
 @_op.register_fake
@@ -147,7 +187,7 @@ def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("ddpm_dist::attention_cpu_backward", mutates_args=(), device_types="cpu")
 def _op_backward(qkv: Tensor, out: Tensor, logs: Tensor, gradient: Tensor) -> Tensor:
-    return _backward(_library(), qkv.contiguous(), out.contiguous(), logs.contiguous(), gradient.contiguous())
+    return _backward(_library(qkv.dtype), qkv.contiguous(), out.contiguous(), logs.contiguous(), gradient.contiguous())
 
 
 @_op_backward.register_fake
@@ -165,16 +205,3 @@ def _differentiate(ctx: Any, gradient: Tensor | None, _: None) -> Tensor | None:
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
-
-
-def attention(qkv: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v of every head, with gradients.
-
-    qkv: (B, N, 3, heads, D) bfloat16 on the CPU, D one of ``WIDTHS``: query, key and value of every token. Returns (B, N, heads, D)
-    bfloat16. Weights and their gradients are rounded to bfloat16, sums are float32, as in torch's kernels. The result of an image does
-    not depend on the other images or on the number of threads.
-
-    Raises:
-        NotBuilt: the machine cannot compute it (``why_not``).
-    """
-    return _op(qkv)[0]

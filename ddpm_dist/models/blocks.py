@@ -123,13 +123,10 @@ AttentionBackend = SDPBackend | Callable[[Tensor], Tensor] | None
 def attend(qkv: Tensor, backend: AttentionBackend) -> Tensor:
     """Attention of every head: (B, N, 3, heads, D), query, key and value of every token, to (B, N, heads, D).
 
-    backend: of ``scaled_dot_product_attention``, None lets torch choose; or a function that computes it for bfloat16 on the CPU.
-    Other tensors (of a network that was moved or is used without autocast) go to torch's choice then.
+    backend: of ``scaled_dot_product_attention``, None lets torch choose; or a function that does the whole.
     """
     if callable(backend) and not isinstance(backend, SDPBackend):
-        if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
-            return backend(qkv)
-        backend = None
+        return backend(qkv)
     # Split before the transpose: the backward pass then writes the three gradients straight into one tensor.
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     with nullcontext() if backend is None else sdpa_kernel(backend):
