@@ -236,6 +236,8 @@ def test_a_server_that_stays_away_is_no_finding_that_could_be_quarantined(server
     assert code == 2 and "2 shards cannot be read" in err and not (tmp_path / "i").exists()
     assert findings(lines) == {("train-0000", ""): "unreadable shard", ("train-0002", ""): "unreadable shard"}
     assert any("404" in line for line in lines) and any("broke off" in line for line in lines)
+    asked = [name for command, name in server.asked if command == "GET"]
+    assert (asked.count("train-0000.tar"), asked.count("train-0002.tar")) == (4, 1)  # 404 will not become anything else
 
 
 def test_a_shard_that_changes_while_it_is_read_is_not_indexed(tmp_path, capsys, monkeypatch):

@@ -26,7 +26,6 @@ from ddpm_dist.data.remote_source import Lasting, Passing, Source, in_words
 from ddpm_dist.errors import UserError
 
 RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-PASSING_CODES = (408, 425, 429)  # and everything from 500 on
 # These start other programs, so they need a process group that can be ended as a whole; webdataset gives them none.
 COMMANDS = {"s3": ("aws", "s3", "cp", "--only-show-errors", "{}", "-"), "gs": ("gsutil", "-q", "cat", "{}")}
 
@@ -80,7 +79,7 @@ def _http(url: str, begin: int, timeout: float, total: int | None = None) -> Sou
             end = re.fullmatch(r"bytes \*/(\d+)", headers.get("Content-Range", "").strip())
             return _http(url, 0, timeout, int(end[1]) if end else None)
         answer = web.answered(error.code)
-        if error.code < 500 and error.code not in PASSING_CODES:
+        if error.code < 500 and error.code not in web.PASSING_CODES:
             raise Lasting(answer) from None
         after = headers.get("Retry-After", "")
         raise Passing(answer, float(after) if after.isdecimal() and len(after) < 6 else 0.0) from None

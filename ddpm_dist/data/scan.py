@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ddpm_dist.data.remote_source import public_name
-from ddpm_dist.data.shard_source import is_remote, opened, state
+from ddpm_dist.data.shard_source import Refused, is_remote, opened, state
 from ddpm_dist.data.tars import Found, Wanted, scan_stream
 from ddpm_dist.data.writer import _start_worker
 from ddpm_dist.errors import UserError
@@ -47,6 +47,8 @@ def scan_location(location: str, wanted: Wanted) -> Scanned:
             if source.mtime is not None and state(location)[:2] != (source.bytes, source.mtime):
                 return Scanned(found, error="it was changed while it was read")
             return Scanned(found, source.mtime, source.etag)
+        except Refused as error:
+            return Scanned(Found(location), error=str(error))
         except OSError as error:
             problem = error.strerror or str(error)
         if attempt + 1 < attempts:

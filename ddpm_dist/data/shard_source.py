@@ -42,6 +42,10 @@ class NoParts(OSError):
     """This kind of location, or its server, can only be read from its beginning."""
 
 
+class Refused(OSError):
+    """The server has answered, and would answer the same again: there is no such file, or it is not for us."""
+
+
 def is_remote(location: str) -> bool:
     """Whether a location is a URL (or a pipe). The scheme may be in capitals; :func:`expand` writes it small."""
     return re.match(r"[a-z][a-z0-9+.-]*://|pipe:", location, re.IGNORECASE) is not None
@@ -217,7 +221,9 @@ def _plainly(work: Callable[..., Any]) -> Callable[..., Any]:
         except UserError:
             raise
         except Exception as error:  # the libraries below have errors of their own
-            raise OSError(_reason(error)) from None
+            code = error.code if isinstance(error, urllib.error.HTTPError) else 500
+            kind = Refused if 400 <= code < 500 and code not in web.PASSING_CODES else OSError
+            raise kind(_reason(error)) from None
 
     return working
 

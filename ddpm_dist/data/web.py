@@ -18,6 +18,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from ddpm_dist.errors import UserError
 
+PASSING_CODES = (408, 425, 429)  # answers that may be others later, as may everything from 500 on
+
 
 def request(url: str, headers: dict[str, str] | None = None, method: str = "GET") -> urllib.request.Request:
     """A request for ``url``, which may hold a user and password.
