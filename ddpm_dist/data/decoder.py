@@ -112,7 +112,7 @@ class Decoder:
 
         self._whole, self._flip, self._colours, self._decoded = whole, flip, colours, decoded
         self._shape = (batch, size, size, settings.channels)
-        # DALI takes such a list in half the time of one of arrays.
+        # DALI takes such a list in half the time of one of arrays, and bytes in half the time of arrays of them.
         self._listed = lambda files: tensors.TensorListCPU([tensors.TensorCPU(file) for file in files])
         self._pipe = graph()
         self._pipe.build()
@@ -135,7 +135,7 @@ class Decoder:
     ) -> None:  # fmt: skip
         """Give DALI's threads B images of the batch size. At most two batches may be started and not finished.
 
-        images: files as uint8 arrays, or with ``decoded`` (H, W, C) uint8 arrays or tensors; windows: (B, 4) int32; mirror: (B,) bool;
+        images: files as bytes, or with ``decoded`` (H, W, C) uint8 arrays or tensors; windows: (B, 4) int32; mirror: (B,) bool;
         colours: (B, 4) as ``augment.colours`` makes them, needed with data.color_jitter.
         """
         self._feed(ids, images, windows, mirror, colours)
@@ -158,7 +158,7 @@ class Decoder:
                 ready.record(self._stream)
             return pixels.permute(0, 3, 1, 2), labels, ready
 
-    def whole_images(self, ids: np.ndarray, encoded: Sequence[np.ndarray]) -> list[Tensor]:
+    def whole_images(self, ids: np.ndarray, encoded: Sequence[bytes]) -> list[Tensor]:
         """With ``only_decode``: each image as it is, (H, W, C) uint8, on the GPU where it is decoded there."""
         self._feed(ids, encoded, None, None, None)
         with self._output() as output:
@@ -203,7 +203,7 @@ class Decoder:
         yield output
         self._pipe.release_outputs()
 
-    def _blame(self, ids: np.ndarray, encoded: Sequence[np.ndarray], error: RuntimeError) -> BaseException:
+    def _blame(self, ids: np.ndarray, encoded: Sequence[bytes], error: RuntimeError) -> BaseException:
         """DALI does not say which image of a batch it could not decode: try them one by one."""
         if self._decoded:
             return error
@@ -216,7 +216,7 @@ class Decoder:
         pipe = single()
         for sample, data in zip(ids, encoded, strict=True):
             try:
-                pipe.feed_input("encoded", [data])
+                pipe.feed_input("encoded", [np.frombuffer(data, dtype=np.uint8)])
                 pipe.run()
             except RuntimeError:
                 where = self._index.describe(int(sample))

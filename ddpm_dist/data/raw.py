@@ -39,7 +39,7 @@ class RawImages:
         self._given: deque[tuple[Any, ...]] = deque()
 
     def start(
-        self, ids: np.ndarray, images: Sequence[np.ndarray], windows: np.ndarray, mirror: np.ndarray, labels: np.ndarray,
+        self, ids: np.ndarray, images: Sequence[bytes], windows: np.ndarray, mirror: np.ndarray, labels: np.ndarray,
         colours: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """As :meth:`Decoder.start`; windows are whole images and colours None."""
@@ -51,7 +51,8 @@ class RawImages:
         pixels = np.empty((len(files), *self._shape, self._channels), dtype=np.uint8)
         for image, file in zip(pixels, files, strict=True):
             channels = 3 if file[1] == ord("6") else 1  # P6 or P5; one grey value becomes three equal ones
-            image[:] = file[len(file) - image.shape[0] * image.shape[1] * channels :].reshape(*self._shape, channels)
+            begin = len(file) - image.shape[0] * image.shape[1] * channels
+            image[:] = np.frombuffer(file, dtype=np.uint8, offset=begin).reshape(*self._shape, channels)
         if self._flip and mirror.any():
             pixels[mirror] = pixels[mirror, :, ::-1]
         return delivered(pixels, torch.from_numpy(labels), self._stream)

@@ -17,7 +17,7 @@ READERS = 4
 SLOW, QUICK = 200e-6, 50e-6
 CALM = 32  # quick micro-batches after which the threads are given up again
 
-Files = list[np.ndarray]
+Files = list[bytes]
 
 
 class Reader:
@@ -35,7 +35,7 @@ class Reader:
         self._pool.shutdown(cancel_futures=True)
 
     def start(self, ids: np.ndarray) -> Callable[[], Files]:
-        """Begin to read the samples ``ids`` (int64 (B,)); the result waits for their files, uint8 arrays in this order.
+        """Begin to read the samples ``ids`` (int64 (B,)); the result waits for their files in this order.
 
         The result raises UserError (``one_rank``: the others read other samples) naming the first that is damaged or cannot be read.
         """
@@ -56,7 +56,7 @@ class Reader:
     def _part(self, ids: np.ndarray) -> tuple[Files, float]:
         begin = time.monotonic()
         try:
-            files = [np.frombuffer(data, dtype=np.uint8) for data in self._index.read_many(ids)]
+            files = self._index.read_many(ids)
         except UserError as error:
             error.one_rank = True
             raise
