@@ -147,7 +147,7 @@ def attention_backends(
         one = qkv[:1].detach().double().requires_grad_()  # images do not depend on each other
         expected = run(SDPBackend.MATH, one, gradient[:1].double())
         there = [name for name in backends_on(device) if name != OURS or why_not_ours(head_dim, dtype, device) is None]
-        variants = [Variant(name, lambda name=name: run(backend_named(name))) for name in there]
+        variants = [Variant(name, lambda name=name: run(backend_named(name, dtype))) for name in there]
         about = {"layers": layers, "tokens": tokens, "heads": heads, "head_dim": head_dim, "dtype": _name(dtype)}
         entries += [about | entry for entry in take_turns(variants, expected, dtype, turns, device)]
     return entries

@@ -39,13 +39,13 @@ def backends_on(device: torch.device) -> list[str]:
     return list(SDPA) if device.type == "cuda" else ["flash", "math", OURS]
 
 
-def backend_named(name: str) -> AttentionBackend:
-    """What ``blocks.attend`` takes."""
+def backend_named(name: str, dtype: torch.dtype) -> AttentionBackend:
+    """What ``blocks.attend`` takes; dtype: of the numbers."""
     if name != OURS:
         return SDPA[name]
     from ddpm_dist.models import attention_cpu
 
-    return attention_cpu.always
+    return attention_cpu.ALWAYS[dtype]
 
 
 def why_not_ours(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -87,7 +87,7 @@ def seconds(shape: Shape, batch: int, dtype: torch.dtype, device: torch.device, 
     tokens, heads, head_dim = shape
     if backend == OURS and why_not_ours(head_dim, dtype, device):
         return None
-    function = backend_named(backend)
+    function = backend_named(backend, dtype)
     try:
         qkv = torch.randn(batch, tokens, 3, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
         gradient = torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype)
@@ -144,7 +144,7 @@ def pin(network: nn.Module, config: Config, batch: int, runtime: Runtime, record
         candidates = [known] if known else backends_on(device)
         chosen |= dict.fromkeys(names, _choose(shape, batch, dtype, runtime, candidates, kind))
     for name, module in layers.items():
-        module.backend = backend_named(chosen[name])
+        module.backend = backend_named(chosen[name], dtype)
     return chosen
 
 

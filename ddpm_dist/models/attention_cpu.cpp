@@ -45,6 +45,7 @@ INLINE __m512 exp2(__m512 x, const float (&coefficients)[N]) {
   return _mm512_scalef_ps(y, whole);
 }
 
+#ifndef __AVX512BF16__
 struct Float32 {
   using Number = float;
   using Pack = float;
@@ -68,7 +69,7 @@ struct Float32 {
   }
 };
 
-#ifdef __AVX512BF16__
+#else
 struct Bf16 {
   using Number = uint16_t;
   using Pack = uint32_t;
@@ -385,16 +386,17 @@ int backward_of(const void* qkv, const void* out, const float* logs, const void*
 
 }  // namespace
 
-// bf16: the numbers of qkv, out and gradients are bf16, else float32. Both return 0, 1 when there is no memory, 2 for heads of another
-// size or numbers that this was not compiled for.
+// bf16: the numbers of qkv, out and gradients are bf16, else float32; it is compiled for one of them. Both return 0, 1 when there is no
+// memory, 2 for heads of another size or the other numbers.
 extern "C" int attention_forward(int bf16, const void* qkv, void* out, float* logs, int64_t batch, int64_t tokens, int64_t heads,
                                  int64_t width, int64_t threads) {
   const Sizes sizes{batch, tokens, heads, width, threads};
   if (batch * tokens * heads == 0) return 0;
 #ifdef __AVX512BF16__
-  if (bf16) return forward_of<Bf16>(qkv, out, logs, sizes);
-#endif
+  return bf16 ? forward_of<Bf16>(qkv, out, logs, sizes) : 2;
+#else
   return bf16 ? 2 : forward_of<Float32>(qkv, out, logs, sizes);
+#endif
 }
 
 extern "C" int attention_backward(int bf16, const void* qkv, const void* out, const float* logs, const void* gradient, void* result,
@@ -402,7 +404,8 @@ extern "C" int attention_backward(int bf16, const void* qkv, const void* out, co
   const Sizes sizes{batch, tokens, heads, width, threads};
   if (batch * tokens * heads == 0) return 0;
 #ifdef __AVX512BF16__
-  if (bf16) return backward_of<Bf16>(qkv, out, logs, gradient, result, sizes);
-#endif
+  return bf16 ? backward_of<Bf16>(qkv, out, logs, gradient, result, sizes) : 2;
+#else
   return bf16 ? 2 : backward_of<Float32>(qkv, out, logs, gradient, result, sizes);
+#endif
 }

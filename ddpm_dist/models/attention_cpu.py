@@ -46,7 +46,7 @@ def why_not(dtype: torch.dtype) -> str | None:
         return f"it is for float32 and bfloat16, not {dtype}"
     if not HAS_AVX512 or (dtype == torch.bfloat16 and not HAS_BF16):
         return f"this processor has no AVX-512{' BF16' if HAS_AVX512 else ''} instructions"
-    found = _answer()
+    found = _answer(dtype)
     return found if isinstance(found, str) else None
 
 
@@ -61,18 +61,6 @@ def pays(tokens: int, width: int, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and HAS_AVX512 and width in (16, 32) and tokens >= 1024
 
 
-def where_it_pays(qkv: Tensor) -> Tensor:
-    """``blocks.attend`` by whichever is faster. Only after ``why_not`` has said that nothing is in the way."""
-    _, tokens, _, _, width = qkv.shape
-    return attention(qkv) if qkv.device.type == "cpu" and pays(tokens, width, qkv.dtype) else attend(qkv, None)
-
-
-def always(qkv: Tensor) -> Tensor:
-    """``blocks.attend`` by ours for all numbers that it knows."""
-    known = qkv.dtype == torch.float32 or (qkv.dtype == torch.bfloat16 and HAS_BF16)
-    return attention(qkv) if qkv.device.type == "cpu" and known else attend(qkv, None)
-
-
 def use_in(network: nn.Module, dtype: torch.dtype) -> str | None:
     """Let it compute every attention of ``network`` where it pays on such numbers, unless another backend was chosen.
 
@@ -82,7 +70,7 @@ def use_in(network: nn.Module, dtype: torch.dtype) -> str | None:
         module
         for module in network.modules()
         if isinstance(module, Attention)
-        and module.backend is None
+        and module.backend in (None, *WHERE_IT_PAYS.values())
         and pays(MANY, module.out_proj.in_features // module.heads, dtype)
     ]
     if not modules:
@@ -90,8 +78,33 @@ def use_in(network: nn.Module, dtype: torch.dtype) -> str | None:
     if reason := why_not(dtype):
         return reason
     for module in modules:
-        module.backend = where_it_pays
+        module.backend = WHERE_IT_PAYS[dtype]
     return None
+
+
+# Backends for ``blocks.attend``, one for each type, because that is what ``why_not`` has to be asked before. Other numbers go to torch.
+def float32_where_it_pays(qkv: Tensor) -> Tensor:
+    return _computed(qkv, torch.float32, pays(qkv.shape[1], qkv.shape[-1], torch.float32))
+
+
+def bfloat16_where_it_pays(qkv: Tensor) -> Tensor:
+    return _computed(qkv, torch.bfloat16, pays(qkv.shape[1], qkv.shape[-1], torch.bfloat16))
+
+
+def float32_always(qkv: Tensor) -> Tensor:
+    return _computed(qkv, torch.float32, True)
+
+
+def bfloat16_always(qkv: Tensor) -> Tensor:
+    return _computed(qkv, torch.bfloat16, True)
+
+
+WHERE_IT_PAYS = {torch.float32: float32_where_it_pays, torch.bfloat16: bfloat16_where_it_pays}
+ALWAYS = {torch.float32: float32_always, torch.bfloat16: bfloat16_always}
+
+
+def _computed(qkv: Tensor, dtype: torch.dtype, ours: bool) -> Tensor:
+    return attention(qkv) if ours and qkv.dtype == dtype and qkv.device.type == "cpu" else attend(qkv, None)
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -108,26 +121,26 @@ def attention(qkv: Tensor) -> Tensor:
 
 
 @functools.cache
-def _answer() -> ctypes.CDLL | str:
-    """The program, or why there is none; asked once."""
+def _answer(dtype: torch.dtype) -> ctypes.CDLL | str:
+    """The program for such numbers, or why there is none; asked once. One for each type: older compilers know AVX-512, but not for bf16."""
     try:
-        library = native.load(Path(__file__).with_suffix(".cpp"), [*FLAGS, *(["-mavx512bf16"] if HAS_BF16 else [])])
+        flags = ["-mavx512bf16"] if dtype == torch.bfloat16 else []
+        library = native.load(Path(__file__).with_suffix(".cpp"), [*FLAGS, *flags])
     except native.NotBuilt as reason:
         return str(reason)
     flag, pointer, number = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
     library.attention_forward.argtypes = [flag] + [pointer] * 3 + [number] * 5
     library.attention_backward.argtypes = [flag] + [pointer] * 5 + [number] * 5
-    for dtype in CLOSE if HAS_BF16 else (torch.float32,):
-        error = _distance(library, dtype)
-        if error > CLOSE[dtype]:
-            return f"its result is off by {error:.1e} in {dtype} here: the compiler or the processor is at fault"
+    error = _distance(library, dtype)
+    if error > CLOSE[dtype]:
+        return f"its result is off by {error:.1e} in {dtype} here: the compiler or the processor is at fault"
     return library
 
 
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
     if reason := why_not(dtype):
         raise native.NotBuilt(reason)
-    return _answer()  # type: ignore[return-value]
+    return _answer(dtype)  # type: ignore[return-value]
 
 
 def _distance(library: ctypes.CDLL, dtype: torch.dtype) -> float:
