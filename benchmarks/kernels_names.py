@@ -22,7 +22,7 @@ GROUPS = (
 FUSED = ("normalisation", "elementwise", "copies", "other")  # what a compiler can join into passes over the data
 PRODUCTS = ("convolution", "matmul", "attention")
 
-OUR_ATTENTION = "attention_cpu"  # the operation of models/attention_cpu.py
+OUR_ATTENTION = "attention_avx512"  # the operation of models/attention_cpu.py
 
 MATMULS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "mv", "addmv", "dot"}
 COPIES = {

@@ -59,7 +59,7 @@ def inputs(kernel: Kernel) -> dict[str, Any]:
 def _attend(kernel: Kernel, made: dict[str, Any]) -> None:
     """What the forward kernel hands to its backward belongs to these queries: anything else would overflow."""
     if kernel.operation.startswith(OUR_ATTENTION):
-        made["out"], made["logs"] = torch.ops.ddpm_dist.attention_cpu(made["qkv"])
+        made["out"], made["logs"] = torch.ops.ddpm_dist.attention_avx512(made["qkv"])
         return
     forward = getattr(torch.ops.aten, kernel.operation.removesuffix("_backward")).default
     names = [argument.name for argument in forward._schema.arguments]

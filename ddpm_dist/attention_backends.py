@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from ddpm_dist.models import build_model
 from ddpm_dist.models.blocks import Attention, AttentionBackend, attend
 from ddpm_dist.runtime import Runtime
 
-OURS = "avx512"  # models/attention_cpu.py
+OURS, WIDTHS = "avx512", (16, 32, 64)  # models/attention_cpu.py, which is imported where it is used; features of a head
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -54,8 +55,8 @@ def why_not_ours(head_dim: int, dtype: torch.dtype, device: torch.device) -> str
         return "avx512 is for CPUs"
     from ddpm_dist.models import attention_cpu
 
-    if head_dim not in attention_cpu.WIDTHS:
-        return f"avx512 is for heads of {', '.join(map(str, attention_cpu.WIDTHS))} features"
+    if head_dim not in WIDTHS:
+        return f"avx512 is for heads of {', '.join(map(str, WIDTHS))} features"
     return attention_cpu.why_not(dtype)
 
 
@@ -137,12 +138,17 @@ def pin(network: nn.Module, config: Config, batch: int, runtime: Runtime, record
     if kind == "auto":
         _choose_ours(network, config, dtype, runtime)
         return {}
+    reason = None
+    if device.type == "cpu" and kind in (OURS, "measured") and any(w in WIDTHS for _, _, w in attention_shapes(config)):
+        reason = _reason_on_any(dtype, runtime)
+    there = [name for name in backends_on(device) if name != OURS or reason is None]
     chosen: dict[str, str] = {}
     for shape, names in attention_shapes(config).items():
         before = recorded.get(names[0]) if isinstance(recorded, Mapping) else None
-        known = kind if kind != "measured" else before if before in backends_on(device) else None
-        candidates = [known] if known else backends_on(device)
-        chosen |= dict.fromkeys(names, _choose(shape, batch, dtype, runtime, candidates, kind))
+        known = kind if kind != "measured" else before if before in there else None
+        if known == OURS and reason:
+            raise UserError(f"train.attention=avx512 is not possible: {reason}; use train.attention=auto")
+        chosen |= dict.fromkeys(names, _choose(shape, batch, dtype, runtime, [known] if known else there, kind))
     for name, module in layers.items():
         module.backend = backend_named(chosen[name], dtype)
     return chosen
@@ -155,17 +161,27 @@ def _choose_ours(network: nn.Module, config: Config, dtype: torch.dtype, runtime
     from ddpm_dist.models import attention_cpu
 
     possible = any(attention_cpu.pays(tokens, width, dtype) for tokens, _, width in attention_shapes(config))
-    reason = (
-        attention_cpu.why_not(dtype) if possible and runtime.is_main else None
-    )  # first on one rank: it compiles for all
     if runtime.world_size > 1:
-        possible, reason = runtime.broadcast((possible, reason))
-        mine = attention_cpu.why_not(dtype) if possible and reason is None else None
-        reason = runtime.broadcast(next(filter(None, runtime.gather(mine) or []), None) or reason)
-    if possible and reason and runtime.is_main:
-        print(f"attention: torch's own, slower here than avx512, which cannot be had: {reason}", flush=True)
-    if possible and not reason:
+        possible = runtime.broadcast(all(runtime.gather(possible) or []))
+    if not possible:
+        return
+    if reason := _reason_on_any(dtype, runtime):
+        if runtime.is_main:
+            print(f"attention: torch's own, slower here than avx512, which cannot be had: {reason}", flush=True)
+    else:
         attention_cpu.use_in(network, dtype)
+
+
+def _reason_on_any(dtype: torch.dtype, runtime: Runtime) -> str | None:
+    """Why some rank cannot compute avx512, the same on all; None: all can. Collective. May compile it, on rank 0 first and so for all."""
+    from ddpm_dist.models import attention_cpu
+
+    reason = attention_cpu.why_not(dtype) if runtime.is_main else None
+    if runtime.world_size > 1 and (reason := runtime.broadcast(reason)) is None:
+        mine = attention_cpu.why_not(dtype)
+        said = runtime.gather(f"on {socket.gethostname()}: {mine}" if mine else None)
+        reason = runtime.broadcast(next(filter(None, said or []), None))
+    return reason
 
 
 def _choose(shape: Shape, batch: int, dtype: torch.dtype, runtime: Runtime, candidates: list[str], kind: str) -> str:

@@ -32,7 +32,7 @@ namespace {
 
 constexpr int LANES = 16;                  // float32 numbers in a register: queries that are computed together
 constexpr int KEYS = 64;                   // of a block; what belongs to a block stays in the first cache
-constexpr float NOTHING = -1e30f;          // score of a key that is not there: its weight is 0, and no infinities meet
+constexpr float NOTHING = -1e30f;          // score of a key that is not there: its weight is 0 beside any sane score
 constexpr float LOG2_E = 1.44269504088896f;
 
 // 2^x by a polynomial for the fraction, fitted to the least largest relative error, the exponent set apart.
@@ -122,7 +122,7 @@ class Buffer {
 };
 
 // One head of one image. qkv and its gradient are [batch][tokens][3][heads][D], out and its gradient [batch][tokens][heads][D],
-// logs [batch][heads][tokens].
+// logs [batch][heads][2][tokens].
 template <class A, int D>
 struct Head {
   using Number = typename A::Number;
@@ -131,7 +131,7 @@ struct Head {
   Head(int64_t tokens, int64_t heads, int64_t number)
       : tokens(tokens), padded((tokens + KEYS - 1) / KEYS * KEYS), row(3 * heads * D), out_row(heads * D),
         q(number / heads * tokens * row + number % heads * D), k(q + heads * D), v(k + heads * D),
-        out(number / heads * tokens * out_row + number % heads * D), logs(number * tokens) {}
+        out(number / heads * tokens * out_row + number % heads * D), logs(number * 2 * tokens) {}
 
   // The three layouts; tokens that are not there are zeros.
   void rows(const Number* from, int64_t stride, Number* to) const {
@@ -150,6 +150,8 @@ struct Head {
   }
 };
 
+INLINE void add(float* to, __m512 x) { _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), x)); }
+
 // 16 queries (or their gradients) times one key (or value).
 template <class A, int D>
 INLINE __m512 product(const typename A::Register* queries, const typename A::Number* key) {
@@ -159,20 +161,21 @@ INLINE __m512 product(const typename A::Register* queries, const typename A::Num
   return sum;
 }
 
-// sums[D][16] += for every pack of KEYS tokens: weights [KEYS/P][16] times that pack's features [KEYS/P][D].
+// sums[D][16] += for every pack of KEYS tokens: weights [KEYS/P][16] times that pack's features [KEYS/P][D]. A block has a sum of its own,
+// which is added at its end: the rounding of thousands of additions one after the other would show.
 template <class A, int D>
 INLINE void accumulate(float* sums, const typename A::Pack* weights, const typename A::Pack* features) {
   for (int part = 0; part < D; part += LANES) {
     __m512 sum[LANES];
 #pragma GCC unroll 16
-    for (int d = 0; d < LANES; ++d) sum[d] = _mm512_load_ps(sums + (part + d) * LANES);
+    for (int d = 0; d < LANES; ++d) sum[d] = _mm512_setzero_ps();
     for (int j = 0; j < KEYS / A::P; ++j) {
       const typename A::Register weight = A::load(weights + j * LANES);
 #pragma GCC unroll 16
       for (int d = 0; d < LANES; ++d) sum[d] = A::multiply(sum[d], weight, A::shared(features + j * D + part + d));
     }
 #pragma GCC unroll 16
-    for (int d = 0; d < LANES; ++d) _mm512_store_ps(sums + (part + d) * LANES, sum[d]);
+    for (int d = 0; d < LANES; ++d) add(sums + (part + d) * LANES, sum[d]);
   }
 }
 
@@ -186,7 +189,8 @@ void write(const float* columns, __m512 factor, typename A::Number* to, int64_t 
   }
 }
 
-// Part `part` of `parts` of the queries of a head. logs: log2 of the sum of exponentials, which the backward pass starts from.
+// Part `part` of `parts` of the queries of a head. logs: what the backward pass makes the weights of again, the largest score of each query
+// and log2 of the sum of its exponentials, those of the differences to that score. (Added up they would lose what is small.)
 template <class A, int D>
 void forward(const Head<A, D>& head, const typename A::Number* qkv, typename A::Number* out, float* logs, int64_t part, int64_t parts) {
   using Pack = typename A::Pack;
@@ -219,20 +223,26 @@ void forward(const Head<A, D>& head, const typename A::Number* qkv, typename A::
         for (int d = 0; d < D; ++d) _mm512_store_ps(sums + d * LANES, _mm512_mul_ps(_mm512_load_ps(sums + d * LANES), less));
         maximum = higher;
       }
-      const __m512 factor = _mm512_set1_ps(scale), shift = _mm512_mul_ps(maximum, _mm512_set1_ps(-scale));
+      // The difference first: it is exact for the largest scores, however large they are.
+      const __m512 factor = _mm512_set1_ps(scale);
+      __m512 of_block = _mm512_setzero_ps();
       for (int j = 0; j < KEYS; j += 2) {
-        const __m512 a = A::power(_mm512_fmadd_ps(_mm512_load_ps(scores + j * LANES), factor, shift));
-        const __m512 b = A::power(_mm512_fmadd_ps(_mm512_load_ps(scores + (j + 1) * LANES), factor, shift));
-        sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
+        const __m512 a = A::power(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(scores + j * LANES), maximum), factor));
+        const __m512 b = A::power(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(scores + (j + 1) * LANES), maximum), factor));
+        of_block = _mm512_add_ps(of_block, _mm512_add_ps(a, b));
         A::packs(weights + j / A::P * LANES, a, b);
       }
+      sum = _mm512_add_ps(sum, of_block);
       accumulate<A, D>(sums, weights, values + first / A::P * D);
     }
     const int count = int(std::min<int64_t>(LANES, head.tokens - b * LANES));
     write<A, D>(sums, _mm512_div_ps(_mm512_set1_ps(1.0f), sum), out + head.out + b * LANES * head.out_row, head.out_row, count);
     _mm512_store_ps(most, maximum);
     _mm512_store_ps(total, sum);
-    for (int i = 0; i < count; ++i) logs[head.logs + b * LANES + i] = most[i] * scale + std::log2(total[i]);
+    for (int i = 0; i < count; ++i) {
+      logs[head.logs + b * LANES + i] = most[i];
+      logs[head.logs + head.tokens + b * LANES + i] = std::log2(total[i]);
+    }
   }
 }
 
@@ -246,7 +256,7 @@ void backward(const Head<A, D>& head, const typename A::Number* qkv, const typen
   const int64_t size = head.padded * D;
   Buffer<Number> rows(size), keys(size), values(size);
   Buffer<Pack> key_packs(size / P), query_lanes(size / P), query_packs(size / P), gradient_lanes(size / P), gradient_packs(size / P);
-  Buffer<float> dq(size), log(head.padded), drift(head.padded);
+  Buffer<float> dq(size), most(head.padded), log(head.padded), drift(head.padded);
   head.rows(qkv + head.q, head.row, rows);
   head.lanes(rows, query_lanes);
   head.packs(rows, query_packs);
@@ -260,7 +270,8 @@ void backward(const Head<A, D>& head, const typename A::Number* qkv, const typen
     float sum = 0;
     for (int d = 0; d < D && i < head.tokens; ++d) sum += A::wide(rows[i * D + d]) * A::wide(out[head.out + i * head.out_row + d]);
     drift[i] = sum;
-    log[i] = i < head.tokens ? logs[head.logs + i] : -NOTHING;  // of a query that is not there every weight is 0
+    most[i] = i < head.tokens ? logs[head.logs + i] : 0;
+    log[i] = i < head.tokens ? logs[head.logs + head.tokens + i] : -NOTHING;  // of a query that is not there every weight is 0
   }
   std::memset(dq, 0, size * sizeof(float));
   const float root = 1.0f / std::sqrt(float(D)), scale = LOG2_E * root;
@@ -277,13 +288,14 @@ void backward(const Head<A, D>& head, const typename A::Number* qkv, const typen
         q[p] = A::load(query_lanes + (b * (D / P) + p) * LANES);
         g[p] = A::load(gradient_lanes + (b * (D / P) + p) * LANES);
       }
-      const __m512 factor = _mm512_set1_ps(scale), minus = _mm512_load_ps(log + b * LANES), mean = _mm512_load_ps(drift + b * LANES);
+      const __m512 factor = _mm512_set1_ps(scale), mean = _mm512_load_ps(drift + b * LANES);
+      const __m512 maximum = _mm512_load_ps(most + b * LANES), minus = _mm512_load_ps(log + b * LANES);
       for (int j = 0; j < KEYS; j += 2) {
         __m512 w[2], e[2];
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
           const __m512 score = product<A, D>(q, keys + (first + j + h) * D), dw = product<A, D>(g, values + (first + j + h) * D);
-          w[h] = j + h < count ? A::power(_mm512_fmsub_ps(score, factor, minus)) : _mm512_setzero_ps();
+          w[h] = j + h < count ? A::power(_mm512_fmsub_ps(_mm512_sub_ps(score, maximum), factor, minus)) : _mm512_setzero_ps();
           e[h] = j + h < count ? _mm512_mul_ps(w[h], _mm512_sub_ps(dw, mean)) : _mm512_setzero_ps();
         }
         A::columns(weights + j * LANES, w[0], w[1]);
@@ -298,14 +310,14 @@ void backward(const Head<A, D>& head, const typename A::Number* qkv, const typen
           gradients[r] = A::load(gradient_packs + (b * (LANES / P) + r) * D + part);
         }
         for (int j = 0; j < KEYS; ++j) {
-          __m512 v = _mm512_load_ps(dv + j * D + part), k = _mm512_load_ps(dk + j * D + part);
+          __m512 v = _mm512_setzero_ps(), k = _mm512_setzero_ps();
 #pragma GCC unroll 16
           for (int r = 0; r < LANES / P; ++r) {
             v = A::multiply(v, gradients[r], A::shared(weights + j * LANES + P * r));
             k = A::multiply(k, queries[r], A::shared(ds + j * LANES + P * r));
           }
-          _mm512_store_ps(dv + j * D + part, v);
-          _mm512_store_ps(dk + j * D + part, k);
+          add(dv + j * D + part, v);
+          add(dk + j * D + part, k);
         }
       }
       accumulate<A, D>(dq + b * LANES * D, ds_packs, key_packs + first / P * D);

@@ -162,7 +162,7 @@ def _distance(library: ctypes.CDLL, dtype: torch.dtype) -> float:
 
 def _forward(library: ctypes.CDLL, qkv: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, width = qkv.shape
-    out, logs = qkv.new_empty(batch, tokens, heads, width), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+    out, logs = qkv.new_empty(batch, tokens, heads, width), qkv.new_empty(batch, heads, 2, tokens, dtype=torch.float32)
     _check(library.attention_forward(
         qkv.dtype == torch.bfloat16, qkv.data_ptr(), out.data_ptr(), logs.data_ptr(),
         batch, tokens, heads, width, torch.get_num_threads(),
@@ -187,18 +187,23 @@ def _check(code: int) -> None:
         raise RuntimeError(f"attention on the CPU: heads have {', '.join(map(str, WIDTHS))} features")
 
 
-@torch.library.custom_op("ddpm_dist::attention_cpu", mutates_args=(), device_types="cpu")
+# Where the outputs of an operation become others it needs another name: programs that torch.compile has kept know them by it.
+@torch.library.custom_op("ddpm_dist::attention_avx512", mutates_args=(), device_types="cpu")
 def _op(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(
+            f"attention takes (B, N, 3, heads, D): query, key and value of every token, not {tuple(qkv.shape)}"
+        )
     return _forward(_library(qkv.dtype), qkv.contiguous())
 
 
 @_op.register_fake
 def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, _, heads, width = qkv.shape
-    return qkv.new_empty(batch, tokens, heads, width), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+    return qkv.new_empty(batch, tokens, heads, width), qkv.new_empty(batch, heads, 2, tokens, dtype=torch.float32)
 
 
-@torch.library.custom_op("ddpm_dist::attention_cpu_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("ddpm_dist::attention_avx512_backward", mutates_args=(), device_types="cpu")
 def _op_backward(qkv: Tensor, out: Tensor, logs: Tensor, gradient: Tensor) -> Tensor:
     return _backward(_library(qkv.dtype), qkv.contiguous(), out.contiguous(), logs.contiguous(), gradient.contiguous())
 
