@@ -30,7 +30,7 @@ TINY = [
 # Files that take minutes. They are started first, so that no process is left alone with one of them at the end.
 LONG = (
     "test_install", "test_engines", "test_reference_systems", "test_slurm_train", "test_training", "test_ema", "test_crashes",
-    "test_batch_norm", "test_launch_srun", "test_launch_deepspeed", "test_requeue",
+    "test_batch_norm", "test_launch_srun", "test_launch_deepspeed", "test_requeue", "test_attention_cpu",
 )  # fmt: skip
 
 
