@@ -18,7 +18,7 @@ from ddpm_dist.models import build_model
 from ddpm_dist.models.blocks import Attention, AttentionBackend, attend
 from ddpm_dist.runtime import Runtime
 
-OURS, WIDTHS = "avx512", (16, 32, 64)  # models/attention_cpu.py, which is imported where it is used; features of a head
+OURS = "avx512"  # models/attention_cpu.py, which is imported where it is used
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -55,8 +55,8 @@ def why_not_ours(head_dim: int, dtype: torch.dtype, device: torch.device) -> str
         return "avx512 is for CPUs"
     from ddpm_dist.models import attention_cpu
 
-    if head_dim not in WIDTHS:
-        return f"avx512 is for heads of {', '.join(map(str, WIDTHS))} features"
+    if head_dim not in attention_cpu.WIDTHS:
+        return f"avx512 is for heads of {', '.join(map(str, attention_cpu.WIDTHS))} features"
     return attention_cpu.why_not(dtype)
 
 
@@ -138,9 +138,7 @@ def pin(network: nn.Module, config: Config, batch: int, runtime: Runtime, record
     if kind == "auto":
         _choose_ours(network, config, dtype, runtime)
         return {}
-    reason = None
-    if device.type == "cpu" and kind in (OURS, "measured") and any(w in WIDTHS for _, _, w in attention_shapes(config)):
-        reason = _reason_on_any(dtype, runtime)
+    reason = _reason_on_any(dtype, runtime) if device.type == "cpu" and kind in (OURS, "measured") else None
     there = [name for name in backends_on(device) if name != OURS or reason is None]
     chosen: dict[str, str] = {}
     for shape, names in attention_shapes(config).items():
