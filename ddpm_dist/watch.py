@@ -197,11 +197,11 @@ class Watch:
             )
         if not self._runtime.is_main or any(seen.patient or seen.silent > 3 * self._interval for _, seen in here):
             return  # of a rank that has fallen silent the others are only waiting
-        still = [rank for rank, seen in here if seen.still >= self._seconds]
-        if not still:
+        if not any(seen.still >= self._seconds for _, seen in here):
             return
-        behind = min(self._seen[rank].steps for rank in still)
-        suspects = [rank for rank in still if self._seen[rank].steps == behind]
+        # Not the one that has stood still for longest: it may only have begun to wait first.
+        behind = min(seen.steps for _, seen in here)
+        suspects = [rank for rank, seen in here if seen.steps == behind]
         # In a step that all take together the one that waits for something else than the others holds them up.
         elsewhere = [rank for rank in suspects if "waiting" in self._seen[rank].progress]
         suspects = elsewhere or suspects

@@ -36,5 +36,6 @@ def faults(word: str, **extra: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives it back")
 def test_memory_is_kept_between_steps():
     plain, kept = faults("plain"), faults("keep")
-    assert kept < 100 < 10_000 < plain
-    assert faults("keep", MALLOC_TRIM_THRESHOLD_="1000000") > 10_000  # the user's word
+    # 147,456 of 4 KiB; a kernel that brings many pages at a fault counts some thousands.
+    assert plain > 500 and kept < plain / 10
+    assert faults("keep", MALLOC_TRIM_THRESHOLD_="1000000") > plain / 2  # the user's word

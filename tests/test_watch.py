@@ -19,7 +19,7 @@ SECONDS = 3.0
 SAYS = re.compile(r"rank (\d+) \(process (\d+) on \S+\)")
 
 
-def work(rank: int, world: int, folder: Path, stuck: int | None) -> None:
+def work(rank: int, world: int, folder: Path, stuck: int | None, tries: int = 1) -> None:
     """A job of endless steps that wait for each other; rank ``stuck`` waits for something that never comes, in step 5."""
     sys.stderr = open(folder / f"{rank}.err", "w", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
@@ -30,15 +30,17 @@ def work(rank: int, world: int, folder: Path, stuck: int | None) -> None:
         if step == 5:
             (folder / f"{rank}.pid").write_text(str(os.getpid()))
             if rank == stuck:
-                doing[0] = "waiting for data"
+                for attempt in range(tries):
+                    doing[0] = f"waiting for data, attempt {attempt}"
+                    time.sleep(SECONDS / 3)
                 time.sleep(1000)
         torch.distributed.all_reduce(torch.zeros(1), group=runtime.control)
         time.sleep(0.01)
         watch.step()
 
 
-def start(family, folder: Path, world: int, stuck: int | None = None) -> list:
-    ranks = [family.start(work, rank, world, folder, stuck) for rank in range(world)]
+def start(family, folder: Path, world: int, stuck: int | None = None, tries: int = 1) -> list:
+    ranks = [family.start(work, rank, world, folder, stuck, tries) for rank in range(world)]
     deadline = time.monotonic() + 60
     while len(list(folder.glob("*.pid"))) < world:
         assert time.monotonic() < deadline, [path.read_text() for path in folder.glob("*.err")]
@@ -64,8 +66,9 @@ def test_a_stopped_rank_is_named_and_the_others_end(family, tmp_path, victim):
     assert "no sign of life" in (tmp_path / f"{0 if victim else 1}.words").read_text()
 
 
-def test_a_rank_that_gets_nowhere_is_named_and_every_rank_says_where_it_stands(family, tmp_path):
-    ranks = start(family, tmp_path, 3, stuck=2)
+@pytest.mark.parametrize("tries", [1, 1000])
+def test_a_rank_that_gets_nowhere_is_named_and_every_rank_says_where_it_stands(family, tmp_path, tries):
+    ranks = start(family, tmp_path, 3, stuck=2, tries=tries)
     assert family.codes(*ranks, seconds=60) == [1, 1, 1]
     said = (tmp_path / "0.words").read_text()
     assert SAYS.findall(said) == [("2", str(ranks[2].pid))] and "stands at: waiting for data" in said

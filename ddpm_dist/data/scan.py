@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
 
+from ddpm_dist.data.process_pool import in_order
 from ddpm_dist.data.remote_source import public_name
 from ddpm_dist.data.shard_source import Refused, is_remote, opened, state
 from ddpm_dist.data.tars import Found, Wanted, scan_stream
-from ddpm_dist.data.writer import _start_worker
-from ddpm_dist.errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
 ATTEMPTS = 4  # at a remote shard
 
 
@@ -57,35 +50,5 @@ def scan_location(location: str, wanted: Wanted) -> Scanned:
 
 
 def scan_all(locations: Iterable[str], wanted: Wanted, workers: int) -> Iterator[Scanned]:
-    """:func:`scan_location` of each, by so many processes. Raises UserError where a process died."""
-    return in_order(functools.partial(scan_location, wanted=wanted), locations, workers)
-
-
-def in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """``work`` of every item, in their order, at most a few results waiting. With one worker everything happens in this process.
-
-    Raises:
-        UserError: a process died.
-    """
-    if workers == 1:
-        yield from map(work, items)
-        return
-    # Fresh processes, not forks: a fork of a process that runs threads may hang.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
-    waiting: deque[tuple[T, Future[R]]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) >= 3 * workers:
-                yield waiting[0][1].result()
-                waiting.popleft()
-        while waiting:
-            yield waiting[0][1].result()
-            waiting.popleft()
-    except BrokenProcessPool:
-        names = ", ".join(public_name(str(item)) for item, _ in list(waiting)[: workers + 1])
-        raise UserError(
-            f"a process died (killed for lack of memory?) at one of {names}: try again with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    """:func:`scan_location` of each, in their order, by so many processes. Raises UserError where a process died."""
+    return in_order(functools.partial(scan_location, wanted=wanted), locations, workers, public_name)

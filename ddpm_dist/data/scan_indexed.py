@@ -11,7 +11,8 @@ import numpy as np
 from ddpm_dist.data.full_decode import decode
 from ddpm_dist.data.image_header import MAX_PIXELS, BadImage, read_header
 from ddpm_dist.data.index_file import checksum
-from ddpm_dist.data.scan import in_order
+from ddpm_dist.data.process_pool import in_order
+from ddpm_dist.data.remote_source import public_name
 from ddpm_dist.data.shard_source import opened
 from ddpm_dist.data.shards import Index
 from ddpm_dist.data.tar_stream import BrokenTar, Tape, members, split_name
@@ -28,7 +29,7 @@ def examine(folder: Path, workers: int, max_pixels: int = MAX_PIXELS) -> Iterato
     """
     index = Index.load(folder)
     work: Callable[[int], tuple[int, list[Finding]]] = functools.partial(_examine, folder, max_pixels)
-    yield from in_order(work, range(len(index.shards)), workers)
+    yield from in_order(work, range(len(index.shards)), workers, lambda number: public_name(index.location(number)))
     if index.root is None:
         listed = {shard.name for shard in index.shards}
         extra = sorted(path for path in folder.glob("*.tar") if path.name not in listed)

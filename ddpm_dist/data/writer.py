@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import multiprocessing.connection
+import functools
 import os
-import signal
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,6 +15,7 @@ import numpy as np
 
 from ddpm_dist.data.encode import Encoded, Item, Recipe, encode_chunk
 from ddpm_dist.data.index_file import write_index
+from ddpm_dist.data.process_pool import in_order
 from ddpm_dist.data.sources import Source
 from ddpm_dist.data.tars import Scan, scan_shard
 from ddpm_dist.errors import UserError
@@ -42,38 +38,12 @@ def encode_all(items: Iterable[tuple[int, Item]], recipe: Recipe, workers: int) 
     """
     items = iter(items)
     chunks = iter(lambda: list(islice(items, CHUNK)), [])
-    if workers == 1:
-        for chunk in chunks:
-            yield from encode_chunk(chunk, recipe)
-        return
-    # Fresh processes, not forks: a fork of a process that runs threads (torch, DALI) may hang.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
-    pending = deque()
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(encode_chunk, chunk, recipe))
-            if len(pending) >= 3 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process of pack died (killed for lack of memory?): try again with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    for encoded in in_order(functools.partial(encode_chunk, recipe=recipe), chunks, workers, _first_and_last):
+        yield from encoded
 
 
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and never outlive it, even if it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _first_and_last(chunk: list[tuple[int, Item]]) -> str:
+    return f"one of the images {chunk[0][1].name} to {chunk[-1][1].name}"
 
 
 # ---- writing tars ---------------------------------------------------------------------------------------------------
