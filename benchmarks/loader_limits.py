@@ -12,10 +12,11 @@ import torch
 
 from benchmarks.loader_contestants import Spec, settings
 from ddpm_dist.data import pipeline
+from ddpm_dist.data.checksums import digests
 from ddpm_dist.data.decoder import Decoder
 from ddpm_dist.data.order import SampleOrder
 from ddpm_dist.data.reading import Reader
-from ddpm_dist.data.shards import Index, checksum
+from ddpm_dist.data.shards import Index
 
 ROUNDS, BATCHES = 5, 64
 
@@ -50,8 +51,7 @@ def parts(spec: Spec, seconds: float) -> dict[str, float]:
         read_files(chosen[turn])
 
     def summed(turn: int) -> None:
-        for file in files[turn]:
-            checksum(file)
+        digests(files[turn])
 
     def syscalls(turn: int) -> None:
         for number, size, offset in place[turn]:

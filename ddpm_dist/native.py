@@ -22,6 +22,15 @@ class NotBuilt(Exception):
     """Why there is no such program here; what it would have done is done in another way."""
 
 
+def instructions() -> frozenset[str]:
+    """What this processor can, in the words of Linux ("avx2", ...); nothing where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
 def load(source: Path, flags: list[str]) -> ctypes.CDLL:
     """The shared library compiled from ``source``; flags: of the compiler, beside those for a library.
 

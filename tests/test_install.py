@@ -33,10 +33,12 @@ def checkout(folder):
     return folder
 
 
-def test_the_wheel_holds_every_module_and_the_configs(wheel):
+def test_the_wheel_holds_every_module_the_programs_and_the_configs(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ddpm_dist").rglob("*.py")}
-    assert modules <= names
+    modules = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "ddpm_dist").rglob("*") if path.suffix in (".py", ".cpp")
+    }
+    assert modules <= names and len([name for name in names if name.endswith(".cpp")]) == 2
     assert {f"ddpm_dist/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "configs/"))]
 

@@ -7,10 +7,12 @@ import threading
 import time
 
 import numpy as np
+import pytest
 import shard_folders
 from shard_folders import edit_table
 
 from ddpm_dist.data.shards import SAMPLE_DTYPE, Index, Shard, checksum, write_index
+from ddpm_dist.errors import BadSample
 from ddpm_dist.pack import pack
 
 packed, copy = shard_folders.packed, shard_folders.copy  # fixtures
@@ -81,6 +83,23 @@ def test_more_shards_than_open_files_allowed_are_read(packed, monkeypatch):
     for sample in [0, 10, 20] * 10:
         assert checksum(index.read(sample)) == index.samples["checksum"][sample]
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+@pytest.mark.parametrize("count", [3, 25])  # with few and with many, checksums are computed in different ways
+def test_of_many_samples_the_first_damaged_one_is_named(copy, count):
+    index = Index.load(copy)
+    ids = np.random.default_rng(count).permutation(25)[:count]
+    assert index.read_many(ids) == [index.read(k) for k in ids]
+    for sample in ids[[count - 1, count // 2]]:
+        number, row = int(index.shard_of(sample)), index.samples[sample]
+        with open(index.location(number), "r+b") as file:
+            file.seek(int(row["offset"]) + int(row["size"]) - 1)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([last ^ 16]))
+    with pytest.raises(BadSample) as caught:
+        index.read_many(ids)
+    assert caught.value.sample == ids[count // 2] and index.key_of(int(ids[count // 2])) in str(caught.value)
 
 
 def test_one_million_samples_take_40_mb_and_load_in_a_second(tmp_path):

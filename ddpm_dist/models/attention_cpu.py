@@ -25,16 +25,7 @@ MANY = 1 << 20  # tokens
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
 
-def _processor() -> frozenset[str]:
-    """What it can, in the words of the system; nothing where that does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
-
-
-CAN = _processor()
+CAN = native.instructions()
 HAS_AVX512 = all(flag in CAN for flag in NEEDED)
 HAS_BF16 = HAS_AVX512 and "avx512_bf16" in CAN
 HAS_AMX = "amx_bf16" in CAN  # matrix units, which torch's own makes use of
