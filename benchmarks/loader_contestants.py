@@ -86,8 +86,9 @@ def dali(spec: Spec) -> Iterator[Batch]:
     pipe.build()
     while True:
         images, text = pipe.run()
-        labels = np.ascontiguousarray(text.as_array()).view(f"S{text.as_array().shape[1]}")[:, 0].astype(np.int64)
-        yield torch.from_numpy(np.array(images.as_array())).permute(0, 3, 1, 2), torch.from_numpy(labels)
+        pixels, letters = images.as_array(), text.as_array()  # copies
+        labels = np.ascontiguousarray(letters).view(f"S{letters.shape[1]}")[:, 0].astype(np.int64)
+        yield torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
 def webdataset(spec: Spec) -> Iterator[Batch]:

@@ -149,7 +149,7 @@ class Decoder:
         with self._output() as output:
             labels = self._labels.popleft()
             if not self._on_gpu:
-                return delivered(np.array(output.as_array()), labels, self._stream)
+                return delivered(_copied(output), labels, self._stream)
             with torch.cuda.stream(self._stream):
                 pixels = torch.empty(self._shape, dtype=torch.uint8, device=self._device)
                 self._take(output.as_tensor(), pixels)
@@ -222,6 +222,12 @@ class Decoder:
                 where = self._index.describe(int(sample))
                 return BadSample(f"{where} cannot be decoded; repair or remove it and pack again", int(sample))
         return error
+
+
+def _copied(output: Any) -> np.ndarray:
+    """A batch of one size, as memory of its own. DALI's ``as_array`` of a list copies once already."""
+    pixels = output.as_array()
+    return pixels if pixels.flags.owndata else pixels.copy()
 
 
 def delivered(pixels: np.ndarray, labels: Tensor, stream: Any) -> tuple[Tensor, Tensor, Any]:
