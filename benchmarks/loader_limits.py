@@ -37,6 +37,7 @@ def parts(spec: Spec, seconds: float) -> dict[str, float]:
     chosen = [order.locate(positions)[1] for positions in batches]
     read_files = Reader(index)
     files = [read_files(ids) for ids in chosen]
+    listed = [list(each) for each in files]
     rows = [index.samples[ids] for ids in chosen]
     place = [
         list(zip(index.shard_of(ids).tolist(), row["size"].tolist(), row["offset"].tolist(), strict=True))
@@ -51,7 +52,7 @@ def parts(spec: Spec, seconds: float) -> dict[str, float]:
         read_files(chosen[turn])
 
     def summed(turn: int) -> None:
-        digests(files[turn])
+        digests(listed[turn])
 
     def syscalls(turn: int) -> None:
         for number, size, offset in place[turn]:

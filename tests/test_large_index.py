@@ -46,7 +46,7 @@ def test_it_is_the_same_data(packed, large):
     assert second.classes == first.classes and second.num_classes == 10
     ids = np.array([24, 0, 9, 10, 3, 3])
     assert np.array_equal(second.rows(ids), first.rows(ids)) and np.array_equal(second.samples, first.samples)
-    assert second.read_many(ids) == first.read_many(ids)
+    assert list(second.read_many(ids)) == list(first.read_many(ids))
     assert second.describe(10) == first.describe(10)
     second.check_files()
     second.verify()

@@ -89,7 +89,7 @@ def test_more_shards_than_open_files_allowed_are_read(packed, monkeypatch):
 def test_of_many_samples_the_first_damaged_one_is_named(copy, count):
     index = Index.load(copy)
     ids = np.random.default_rng(count).permutation(25)[:count]
-    assert index.read_many(ids) == [index.read(k) for k in ids]
+    assert list(index.read_many(ids)) == [index.read(k) for k in ids]
     for sample in ids[[count - 1, count // 2]]:
         number, row = int(index.shard_of(sample)), index.samples[sample]
         with open(index.location(number), "r+b") as file:

@@ -1,8 +1,11 @@
-// blake2b (RFC 7693) with digests of 8 bytes and no key, of eight messages at a time: word i of all of them lies in one vector.
-// One message alone leaves most of a vector unit idle, because every step of a round waits for the one before.
+// Files out of shards, and their checksums: blake2b (RFC 7693) with digests of 8 bytes and no key, of eight messages at a time. Word i
+// of all of them lies in one vector; one message alone leaves most of a vector unit idle, because every step of a round waits for the
+// one before.
 
+#include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <unistd.h>
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "words are taken from memory as they lie there: little endian"
@@ -118,4 +121,20 @@ extern "C" void checksums(const uint8_t *const *messages, const uint64_t *sizes,
             }
         }
     }
+}
+
+// sizes[i] bytes at offsets[i] of an open file become row i of a table, with zeros behind them. False: one could not be read whole.
+extern "C" bool read_rows(
+    const int *handles, const uint64_t *offsets, const uint64_t *sizes, long count, uint64_t width, uint8_t *table) {
+    for (long i = 0; i < count; ++i, table += width) {
+        uint64_t done = 0;
+        while (done < sizes[i]) {
+            const ssize_t some = pread(handles[i], table + done, sizes[i] - done, static_cast<off_t>(offsets[i] + done));
+            if (some < 0 && errno == EINTR) continue;
+            if (some <= 0) return false;
+            done += static_cast<uint64_t>(some);
+        }
+        std::memset(table + done, 0, width - done);
+    }
+    return true;
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_dist.config import Data
+from ddpm_dist.data.checksums import Rows
 from ddpm_dist.data.shards import Index
 from ddpm_dist.data.workers import decode_threads
 from ddpm_dist.errors import BadSample, UserError
@@ -112,8 +113,7 @@ class Decoder:
 
         self._whole, self._flip, self._colours, self._decoded = whole, flip, colours, decoded
         self._shape = (batch, size, size, settings.channels)
-        # DALI takes such a list in half the time of one of arrays, and bytes in half the time of arrays of them.
-        self._listed = lambda files: tensors.TensorListCPU([tensors.TensorCPU(file) for file in files])
+        self._tensors = tensors
         self._pipe = graph()
         self._pipe.build()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -191,6 +191,12 @@ class Decoder:
             self._pipe.feed_input("colours", colours)
         self._pipe.schedule_run()
         self._given.append((ids, images))
+
+    def _listed(self, files: Sequence[bytes]) -> Any:
+        """As DALI takes it quickest: a table at once, bytes in half the time of arrays of them, a list of tensors in half that of arrays."""
+        if isinstance(files, Rows) and not self._on_gpu and files.end_as_jpegs():
+            return self._tensors.TensorListCPU(files.table)
+        return self._tensors.TensorListCPU([self._tensors.TensorCPU(file) for file in files])
 
     @contextmanager
     def _output(self) -> Iterator[Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from ddpm_dist.data import checksums
 from ddpm_dist.data.shards import Index
 from ddpm_dist.errors import UserError
 
@@ -17,7 +18,7 @@ READERS = 4
 SLOW, QUICK = 200e-6, 50e-6
 CALM = 32  # quick micro-batches after which the threads are given up again
 
-Files = list[bytes]
+Files = Sequence[bytes]
 
 
 class Reader:
@@ -26,6 +27,7 @@ class Reader:
     def __init__(self, index: Index, slow: bool = False, readers: int = READERS) -> None:
         self.slow = slow
         self._index, self._calm, self._readers = index, 0, readers
+        checksums.prepare()
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="reader")  # starts threads when it is first asked
 
     def __enter__(self) -> Reader:

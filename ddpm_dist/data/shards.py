@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddpm_dist.data import large_index
-from ddpm_dist.data.checksums import digests
+from ddpm_dist.data import checksums, large_index
 from ddpm_dist.data.index_file import (
     IMAGE_FORMATS,
     LARGE_VERSION,
@@ -256,26 +255,38 @@ class Index:
         """
         return self.read_many(np.asarray([sample_id]))[0]
 
-    def read_many(self, ids: np.ndarray) -> list[bytes]:
+    def read_many(self, ids: np.ndarray) -> Sequence[bytes]:
         """The image bytes of several samples, as :meth:`read`; ids: int64 (B,)."""
         rows, numbers = self.rows(ids), self.shard_of(ids).tolist()
-        # Lists of Python numbers: taking fields out of single records costs more than reading them from the page cache.
-        columns = (rows[name].tolist() for name in ("size", "offset"))
-        places = list(zip(numbers, *columns, strict=True))
-        found = [self._pread(*place) for place in places]
-        wanted, are = np.ascontiguousarray(rows["checksum"]).tobytes(), digests(found)  # both little endian
+        wanted = np.ascontiguousarray(rows["checksum"]).tobytes()  # little endian, as the digests are
+        found, are = self._read_rows(numbers, rows) or self._read_each(numbers, rows)
         if are != wanted:
             for place in np.flatnonzero(np.frombuffer(are, "<u8") != np.frombuffer(wanted, "<u8")).tolist():
                 right = wanted[8 * place : 8 * place + 8]
-                data = self._read_anew(*places[place]) if self.cache is not None else b""
+                size, offset = int(rows["size"][place]), int(rows["offset"][place])
+                data = self._read_anew(numbers[place], size, offset) if self.cache is not None else b""
                 if digest(data) != right:
                     raise BadSample(
                         f"{self.describe(int(ids[place]))}: the image bytes do not match the index (the shard is damaged or was "
                         f"replaced): {self._remedy}",
                         int(ids[place]),
                     )
-                found[place] = data
+                found = [data if k == place else file for k, file in enumerate(found)]
         return found
+
+    def _read_rows(self, numbers: list[int], rows: np.ndarray) -> tuple[Sequence[bytes], bytes] | None:
+        """Files and digests as :func:`checksums.read_rows`. None: :meth:`_read_each` has to, or says what is wrong."""
+        shards = dict.fromkeys(numbers)
+        if self.image_format not in ("jpg", "mixed") or len(numbers) < checksums.FEW or len(shards) > MAX_OPEN_FILES:
+            return None
+        held = {number: self._file(number) for number in shards}  # nobody closes them while they are held
+        return checksums.read_rows([held[number].descriptor for number in numbers], rows["offset"], rows["size"])
+
+    def _read_each(self, numbers: list[int], rows: np.ndarray) -> tuple[Sequence[bytes], bytes]:
+        # Lists of Python numbers: taking fields out of single records costs more than reading them from the page cache.
+        columns = (rows[name].tolist() for name in ("size", "offset"))
+        files = [self._pread(*place) for place in zip(numbers, *columns, strict=True)]
+        return files, checksums.digests(files)
 
     def _read_anew(self, number: int, size: int, offset: int) -> bytes:
         """After a wrong checksum: a copy that was damaged on this node's disk goes, and the shard is fetched once more.
