@@ -40,6 +40,7 @@ from ddpm_dist.runtime import Runtime
 
 CACHE_SHARE = 0.5  # of the disk, for fetched shards, unless data.cache_dir_gb says otherwise
 FETCHERS = 8  # threads of a node that fetch shards ahead of need
+LOOK_AHEAD = 0.05  # seconds: looking for the shards to come takes as long as reading a few small images, and little changes in a step
 PREFETCH = LEAST_AHEAD  # micro-batches that wait decoded, where nothing is said
 T = TypeVar("T")
 
@@ -193,8 +194,10 @@ def shard_batches(
 
     def positions() -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
         everything = np.concatenate([plan.slots(runtime.rank, micro) for micro in range(plan.accumulation)])
+        next_look = 0.0
         for step in steps:
-            if fetched:
+            if fetched and (step == steps.start or time.monotonic() >= next_look):
+                next_look = time.monotonic() + LOOK_AHEAD
                 urgent: Any = ()
                 if step == steps.start:
                     first = order.locate(step * plan.global_batch + everything[: plan.micro_batch])[1]
