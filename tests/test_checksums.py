@@ -182,6 +182,8 @@ def test_rows_become_the_pixels_of_their_files(tmp_path, damage):
 
     def pixels(given) -> list[np.ndarray] | str:
         decoder = Decoder(index, settings, 40, torch.device("cpu"), "cpu", only_decode=True)
+        lengths = {decoder._listed(given).at(k).size for k in range(40)}
+        assert (lengths == {sizes.max()}) == (given is rows and rows.end_as_jpegs())
         try:
             return [image.numpy() for image in decoder.whole_images(ids, given)]
         except BadSample as error:
